@@ -1,0 +1,1 @@
+"""How fast, how small, how accurate: the demo and the benchmarks."""

@@ -1,0 +1,1 @@
+"""How to win the accuracy back after pruning: parameter groups, LoRA under masks, training loops."""

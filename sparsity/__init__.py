@@ -1,0 +1,1 @@
+"""What to prune and how: patterns, masks, targets, metrics, calibration, checkpoints."""

@@ -1,0 +1,1 @@
+"""trisparse: prune, measure, retrain, save."""
