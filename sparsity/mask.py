@@ -55,9 +55,7 @@ class Mask:
         object.__setattr__(self, "kept", int(count_bits(self.bits).sum()))
 
     @classmethod
-    def from_matrix(
-        cls, keep: Tensor, shape: torch.Size, pattern: Pattern, *, transposed: bool = False
-    ) -> Mask:
+    def from_matrix(cls, keep: Tensor, shape: torch.Size, pattern: Pattern, *, transposed: bool = False) -> Mask:
         """Pack ``keep`` (bool [rows, cols], True = kept) for a parameter of ``shape``."""
         return cls(pack_bits(keep).cpu(), shape, keep.shape[1], transposed, pattern)
 

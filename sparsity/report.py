@@ -1,0 +1,136 @@
+"""What was pruned, by how much, and what was left out and why."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """One pruned weight; ``seconds`` is the time of scoring and selecting it, ``note`` is empty or a warning."""
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    kept: int
+    total: int
+    seconds: float
+    note: str = ""
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share, in [0, 1)."""
+        return 1 - self.kept / self.total
+
+
+@dataclass(frozen=True)
+class SkippedReport:
+    """One parameter that was not pruned, the reason, and its share of all parameters of the model."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    share: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Result of ``sparsify``.
+
+    Attributes:
+        pattern, method, propagate: as they were applied ("auto" resolved).
+        seconds: wall time of the whole call.
+        samples, tokens: calibration sequences and tokens; 0 without data.
+        parameters: parameters of the model, tied ones counted once.
+        targets: every pruned weight.
+        skipped: every other parameter; biases and norms are one row.
+    """
+
+    pattern: str
+    method: str
+    propagate: str | None
+    seconds: float
+    samples: int
+    tokens: int
+    parameters: int
+    targets: list[TargetReport] = field(default_factory=list)
+    skipped: list[SkippedReport] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        """Weights that stay, over all targets."""
+        return sum(target.kept for target in self.targets)
+
+    @property
+    def total(self) -> int:
+        """Weights of all targets."""
+        return sum(target.total for target in self.targets)
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of the targets."""
+        return 1 - self.kept / self.total
+
+    @property
+    def model_sparsity(self) -> float:
+        """Pruned share of all parameters of the model."""
+        return (self.total - self.kept) / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and totals as plain Python objects."""
+        content = asdict(self)
+        for row, target in zip(content["targets"], self.targets, strict=True):
+            row["sparsity"] = target.sparsity
+        totals = {name: getattr(self, name) for name in ("kept", "total", "sparsity", "model_sparsity")}
+        return {**content, **totals}
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        """A table in which weights with the same role in different blocks share a row."""
+        table = Table(title=f"{self.method} {self.pattern}", title_justify="left")
+        for heading in ("weight", "shape", "pattern"):
+            table.add_column(heading)
+        for heading in ("kept", "sparsity", "seconds"):
+            table.add_column(heading, justify="right")
+        groups: dict[tuple[str, tuple[int, ...], str], list[TargetReport]] = {}
+        for target in self.targets:
+            groups.setdefault((re.sub(r"\d+", "*", target.name), target.shape, target.pattern), []).append(target)
+        for (role, shape, pattern), members in groups.items():
+            name = members[0].name if len(members) == 1 else f"{role} ({len(members)})"
+            kept, total = sum(m.kept for m in members), sum(m.total for m in members)
+            size = "×".join(map(str, shape))
+            seconds = sum(m.seconds for m in members)
+            table.add_row(name, size, pattern, f"{kept:,}", f"{1 - kept / total:.2%}", f"{seconds:.2f}")
+        left_out = Table(title="not pruned", title_justify="left")
+        for heading in ("parameter", "shape", "why"):
+            left_out.add_column(heading)
+        left_out.add_column("of the model", justify="right")
+        similar: dict[tuple[str, str], list[SkippedReport]] = {}
+        for skipped in self.skipped:
+            similar.setdefault((re.sub(r"\d+", "*", skipped.name), skipped.reason), []).append(skipped)
+        for (role, reason), rows in similar.items():
+            name = rows[0].name if len(rows) == 1 else f"{role} ({len(rows)})"
+            left_out.add_row(name, "×".join(map(str, rows[0].shape)), reason, f"{sum(r.share for r in rows):.2%}")
+        out = io.StringIO()
+        console = Console(file=out, width=120)
+        console.print(table)
+        console.print(left_out)
+        for note in sorted({f"{target.name}: {target.note}" for target in self.targets if target.note}):
+            console.print(note)
+        data = f", {self.samples} sequences ({self.tokens:,} tokens) of calibration" if self.samples else ""
+        console.print(
+            f"{self.sparsity:.2%} of {self.total:,} weights pruned, {self.model_sparsity:.2%} of all "
+            f"{self.parameters:,} parameters, in {self.seconds:.1f} s{data}"
+        )
+        return out.getvalue().rstrip()

@@ -1,0 +1,232 @@
+"""``sparsify(model)``: score, select, prune, in place, with a report of everything that was and was not pruned."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
+from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
+from trisparse.sparsity.capture import Batch
+from trisparse.sparsity.mask import Mask, attach
+from trisparse.sparsity.metric import Metric, Score, find_metric
+from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
+from trisparse.sparsity.progress import Advance, progress_bar
+from trisparse.sparsity.report import SkippedReport, SparsityReport, TargetReport
+from trisparse.sparsity.selection import check_pattern, select, select_over_all
+from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
+from trisparse.sparsity.targets import Skipped, Target, Targets, find_targets
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float | str | Pattern = "2:4",
+    method: str = "auto",
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    propagate: Propagate = "block",
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> SparsityReport:
+    """Prune ``model`` in place and attach its masks.
+
+    Args:
+        model: any module with Linear, Conv1d/2d/3d, transformers' Conv1D or fused expert weights.
+        sparsity: ``0.5``, ``"50%"``, ``"50% layer"``, ``"2:4"`` or a Pattern.
+        method: ``"magnitude"``, ``"wanda"`` (Sun et al., 2023), ``"random"``, or ``"auto"``: wanda with data,
+            magnitude without.
+        data: calibration data: token tensor [length] or [n, length], string(s), a ``datasets`` dataset, or an
+            iterable of batches (dicts of the model's keyword arguments, or tensors for its first argument).
+        tokenizer: needed for text.
+        include, exclude: shell-style patterns of weight or module names; ``include`` replaces the default choice.
+        samples, seq_len: calibration sequences and their length in tokens; the length defaults to 2048 or the
+            model's maximum, whichever is less. Batches are taken as they are.
+        seed: of the choice of sequences and of ``"random"``.
+        propagate: how calibration goes on behind a pruned layer: ``"block"``, ``"dense"`` or ``"linear"``
+            (see :mod:`trisparse.sparsity.calibration`).
+        dtype: compute dtype of calibration; None takes bf16 where the device is fast at it. Statistics are fp32.
+        progress: show a progress bar with the time left.
+
+    Raises:
+        ValueError: an argument is wrong; nothing was changed. An error that comes up later carries a note that
+            says up to where the model was pruned; no block is left half done.
+    """
+    start = time.perf_counter()
+    pattern = parse_pattern(sparsity)
+    metric = find_metric(method, has_data=data is not None)
+    if propagate not in PROPAGATE:
+        raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got {propagate!r}")
+    together = isinstance(pattern, Unstructured) and pattern.scope == "global"
+    if together and metric.needs_data and propagate != "dense":
+        raise ValueError("sparsity with scope 'global' ranks all layers together: it needs propagate='dense'")
+    targets = find_targets(model, include=include, exclude=exclude)
+    check_pattern(targets.found, pattern)
+    _check_finite(targets.found)
+    batches: list[Batch] = []
+    if metric.needs_data:
+        batches = calibration_batches(
+            model,
+            data,
+            tokenizer=tokenizer,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            in_one=propagate == "linear",
+        )
+        _check_batches(targets.found, batches, propagate)
+    pruning = _Pruning(pattern, metric, seed)
+    steps: Iterable[tuple[list[Target], InputStatistics | None]] = (
+        walk(
+            model,
+            targets,
+            batches,
+            propagate=propagate,
+            dtype=dtype,
+            on_use=pruning.select_on_use if propagate == "linear" else None,
+        )
+        if metric.needs_data
+        else _blocks(targets)
+    )
+    with progress_bar(f"{metric.name} {pattern}", len(targets.found), enabled=progress) as advance:
+        try:
+            if together:
+                pruning.prune_together(steps, advance)
+            else:
+                for group, statistics in steps:
+                    pruning.prune(group, statistics)
+                    advance(len(group))
+        except BaseException as error:
+            done = f"pruned up to {pruning.rows[-1].name}" if pruning.rows else "unchanged"
+            error.add_note(f"sparsify stopped; the model is {done}")
+            raise
+    parameters = sum(p.numel() for p in model.parameters())
+    skipped = []
+    for item in [*targets.skipped, *pruning.unreached]:
+        count = torch.Size(item.shape).numel()
+        tied = item.reason.startswith("tied to ")  # counted with the parameter that it shares
+        skipped.append(SkippedReport(item.name, item.shape, count, 0 if tied else count / parameters, item.reason))
+    return SparsityReport(
+        pattern=str(pattern),
+        method=metric.name,
+        propagate=propagate if metric.needs_data else None,
+        seconds=time.perf_counter() - start,
+        samples=sum(batch_size(batch) for batch in batches),
+        tokens=sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch),
+        parameters=parameters,
+        targets=pruning.rows,
+        skipped=skipped,
+    )
+
+
+class _Pruning:
+    """Turns statistics into masks and attaches them, a block at a time."""
+
+    def __init__(self, pattern: Pattern, metric: Metric, seed: int) -> None:
+        self.pattern = pattern
+        self.metric = metric
+        self.seed = seed
+        self.rows: list[TargetReport] = []
+        self.unreached: list[Skipped] = []
+        self._on_use: dict[str, tuple[Mask, float]] = {}
+
+    def prune(self, group: Sequence[Target], statistics: InputStatistics | None) -> None:
+        """Select the masks of all of ``group``, then attach them."""
+        chosen = []
+        for target in self._reached(group, statistics):
+            if target.name in self._on_use:
+                mask, seconds = self._on_use.pop(target.name)
+            else:
+                mask, seconds = self._select(target, statistics.rms(target) if statistics else None)
+            chosen.append((target, mask, seconds, _note(target, statistics)))
+        for target, mask, seconds, note in chosen:
+            self._attach(target, mask, seconds, note)
+
+    def prune_together(self, steps: Iterable[tuple[list[Target], InputStatistics | None]], advance: Advance) -> None:
+        """Measure everything, then select all masks under one budget and attach them."""
+        members: list[tuple[Target, Tensor | None, str]] = []
+        for group, statistics in steps:
+            for target in self._reached(group, statistics):
+                members.append((target, statistics.rms(target) if statistics else None, _note(target, statistics)))
+            advance(len(group))
+        start = time.perf_counter()
+        scores = [self._scores(target, x) for target, x, _ in members]
+        assert isinstance(self.pattern, Unstructured)
+        chosen = select_over_all([target for target, _, _ in members], scores, self.pattern)
+        seconds = (time.perf_counter() - start) / len(members)
+        for (target, _, note), mask in zip(members, chosen, strict=True):
+            self._attach(target, mask, seconds, note)
+
+    def select_on_use(self, target: Target, x: Tensor) -> Tensor:
+        """Select while a block runs; the mask is attached with its block."""
+        self._on_use[target.name] = self._select(target, x)
+        return self._on_use[target.name][0].dense(target.weight.device)
+
+    def _reached(self, group: Sequence[Target], statistics: InputStatistics | None) -> Iterator[Target]:
+        for target in group:
+            if statistics is not None and statistics.rms(target) is None:
+                shape = tuple(target.weight.shape)
+                self.unreached.append(Skipped(target.name, shape, "no calibration input reached it"))
+            else:
+                yield target
+
+    def _select(self, target: Target, x: Tensor | None) -> tuple[Mask, float]:
+        start = time.perf_counter()
+        mask = select(target, self._scores(target, x), self.pattern)
+        return mask, time.perf_counter() - start
+
+    def _scores(self, target: Target, x: Tensor | None) -> list[Score]:
+        if x is not None and not torch.isfinite(x).all():
+            raise ValueError(f"the inputs of {target.name} overflow on the calibration data")
+        digest = hashlib.sha256(f"{self.seed} {target.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        parts = target.matrix().chunk(target.parts)
+        scales = [None] * target.parts if x is None else list(x)
+        return [self.metric.score(part, scale, generator) for part, scale in zip(parts, scales, strict=True)]
+
+    def _attach(self, target: Target, mask: Mask, seconds: float, note: str) -> None:
+        attach(target.module, target.param, mask)
+        shape = tuple(mask.shape)
+        total = mask.shape.numel()
+        self.rows.append(TargetReport(target.name, shape, str(self.pattern), mask.kept, total, seconds, note))
+
+
+def _blocks(targets: Targets) -> Iterator[tuple[list[Target], None]]:
+    """Targets of each block; those outside the blocks one by one."""
+    groups: dict[int | str, list[Target]] = {}
+    for target in targets.found:
+        groups.setdefault(target.name if target.block is None else target.block, []).append(target)
+    for group in groups.values():
+        yield group, None
+
+
+def _note(target: Target, statistics: InputStatistics | None) -> str:
+    unreached = statistics.unreached_parts(target) if statistics else 0
+    return f"{unreached} of {target.parts} experts saw no calibration token: ranked by magnitude" if unreached else ""
+
+
+def _check_finite(targets: Sequence[Target]) -> None:
+    broken = [target.name for target in targets if not torch.isfinite(target.weight).all()]
+    if broken:
+        raise ValueError(f"model has NaN or Inf weights: {', '.join(broken)}")
+
+
+def _check_batches(targets: Sequence[Target], batches: Sequence[Batch], propagate: Propagate) -> None:
+    fused = next((target.name for target in targets if is_fused_experts(target)), None)
+    if propagate == "linear":
+        if len(batches) > 1:
+            raise ValueError(f"propagate='linear' runs the whole data as one batch, but data has {len(batches)}")
+        if fused:
+            raise ValueError(f"propagate='linear' cannot prune fused experts ({fused}): use 'block' or 'dense'")
+    if fused and any(is_padded(batch) for batch in batches):
+        raise ValueError(f"data is padded, and padding would count as input of fused experts ({fused}): pack it")

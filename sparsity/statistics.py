@@ -1,0 +1,175 @@
+"""Input statistics of targets, collected while a model or a block runs.
+
+X is the root mean square of each input channel over all calibration tokens (Wanda's ‖X_j‖2 up to a constant
+factor per layer), accumulated in fp32 whatever the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from trisparse.sparsity.targets import Target
+
+_CHUNK = 256  # rows that are squared at once: the fp32 copy stays in the cache
+
+
+class InputStatistics:
+    """Sums of squares of the inputs of ``targets``; :meth:`observing` collects while it is open.
+
+    Layers that are fed by the same tensor (q, k and v) are measured once: the tensor is held while its block
+    runs, so that its identity cannot be taken over by another one.
+    """
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self._targets = {target.name: target for target in targets}
+        self._squares: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._seen: list[tuple[Tensor, int, Tensor, int]] = []
+        self._valid: Tensor | None = None
+
+    def rms(self, target: Target) -> Tensor | None:
+        """X of ``target``, fp32 [parts, cols], or None if no input reached it.
+
+        A part that no token reached (an expert that was never routed to) gets ones: it is ranked by magnitude.
+        """
+        if target.name not in self._squares:
+            return None
+        squares, counts = self._squares[target.name], self._counts[target.name]
+        rms = (squares / counts.clamp(min=1)[:, None]).sqrt()
+        return torch.where(counts[:, None] > 0, rms, torch.ones_like(rms))
+
+    def unreached_parts(self, target: Target) -> int:
+        """How many parts (experts) of ``target`` saw no token."""
+        return int((self._counts[target.name] == 0).sum()) if target.name in self._counts else target.parts
+
+    @contextmanager
+    def observing(self, before_use: Callable[[Target], None] | None = None) -> Iterator[None]:
+        """Collect from every call of a target's module; ``before_use`` runs after its input was measured."""
+        experts = [t for t in self._targets.values() if is_fused_experts(t)]
+        with ExitStack() as stack:
+            for target in self._targets.values():
+                if not is_fused_experts(target):
+                    hook = self._hook(target, before_use)
+                    handle = target.module.register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+            if experts:
+                stack.enter_context(_ExpertCalls(experts, self._add))
+            yield
+
+    @contextmanager
+    def call(self, valid: Tensor | None = None) -> Iterator[None]:
+        """One call of the block or model; ``valid`` [batch, tokens] is False where a batch is padded."""
+        self._valid = valid
+        try:
+            yield
+        finally:
+            self._seen.clear()
+            self._valid = None
+
+    def _hook(self, target: Target, before_use: Callable[[Target], None] | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            self._add(target, x.detach())
+            if before_use is not None:
+                before_use(target)
+
+        return hook
+
+    def _add(self, target: Target, x: Tensor, part: int | None = None) -> None:
+        squares, count = self._measure(x, target)
+        if target.name not in self._squares:
+            self._squares[target.name] = torch.zeros(target.parts, target.cols, device=x.device)
+            self._counts[target.name] = torch.zeros(target.parts, device=x.device)
+        where = slice(None) if part is None else slice(part, part + 1)
+        self._squares[target.name][where] += squares
+        self._counts[target.name][where] += count
+
+    def _measure(self, x: Tensor, target: Target) -> tuple[Tensor, int]:
+        """Sum of squares of each input (broadcasts to [parts, cols]) and number of tokens."""
+        for held, version, squares, count in self._seen:
+            if held is x and version == x._version:
+                return squares, count
+        module = target.module
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            batched = x if x.ndim == len(module.kernel_size) + 2 else x[None]
+            channels = _sum_of_squares(batched.movedim(1, -1).reshape(-1, module.in_channels))
+            count = batched.numel() // module.in_channels
+            kernel = target.cols * module.groups // module.in_channels
+            squares = channels.view(module.groups, -1).repeat_interleave(kernel, dim=1)
+            return squares, count  # not shared: another kernel size needs another expansion
+        rows = x[self._valid] if self._valid is not None and x.shape[:2] == self._valid.shape else x
+        rows = rows.reshape(-1, x.shape[-1])
+        squares, count = _sum_of_squares(rows), rows.shape[0]
+        self._seen.append((x, x._version, squares, count))
+        return squares, count
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    """Column sums of squares of [tokens, cols] in fp32."""
+    if rows.device.type != "cpu":
+        return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square_()
+    total = torch.zeros(rows.shape[1])
+    for chunk in rows.split(_CHUNK):
+        total += chunk.float().square().sum(0)
+    return total
+
+
+def is_fused_experts(target: Target) -> bool:
+    """Whether the target is a 3-D parameter with a slice for each expert."""
+    return target.weight.ndim == 3 and not isinstance(target.module, nn.Conv1d)
+
+
+_MATMULS = {
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm,
+}  # fmt: skip
+
+
+class _ExpertCalls(TorchFunctionMode):
+    """Sees each matrix product with one expert's slice (or the whole) of a fused parameter."""
+
+    def __init__(self, targets: Iterable[Target], add: Callable[[Target, Tensor, int | None], None]) -> None:
+        super().__init__()
+        self.targets = list(targets)
+        self.add = add
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if (func is F.linear or func in _MATMULS) and len(args) >= 2:
+            self.inspect(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def inspect(self, x: Tensor, weight: Tensor) -> None:
+        storage = weight.untyped_storage().data_ptr()
+        for target in self.targets:
+            fused = target.weight
+            if fused.untyped_storage().data_ptr() != storage:
+                continue
+            if weight.ndim == 2:
+                self.add(target, x, (weight.storage_offset() - fused.storage_offset()) // fused[0].numel())
+            else:  # all experts in one batched product: x is [experts, tokens, in]
+                for part in range(target.parts):
+                    self.add(target, x[part], part)
+            return
+
+
+@contextmanager
+def experts_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Let transformers compute fused experts one at a time while open, so that each one's inputs are seen."""
+    setter = getattr(model, "set_experts_implementation", None)
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if setter is None or before is None:
+        yield
+        return
+    setter("eager")
+    try:
+        yield
+    finally:
+        setter(before)
