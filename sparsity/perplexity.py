@@ -9,11 +9,12 @@ PERP. (Wanda multiplies the mean by ``seq_len`` and divides it out again: the sa
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from trisparse.sparsity.data import token_windows
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # The logits of a micro-batch, in fp32, may take this much: windows x seq_len x vocabulary x 4 bytes.
 _LOGIT_BYTES = 256 * 2**20
+_MAX_EXPONENT = math.log(sys.float_info.max)
 
 
 @torch.no_grad()
@@ -48,20 +50,56 @@ def perplexity(
 
     Raises:
         ValueError: ``data`` as in ``token_windows``; ``seq_len`` over the model's maximum, or ``max_tokens`` under
-            one window; a model without a vocabulary, on the meta device, or whose loss is NaN.
+            one window; a model on the meta device, or one that gives NaN.
     """
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    embedding = cast(torch.Tensor, model.get_input_embeddings().weight)
+    if embedding.device.type == "meta":
+        raise ValueError("model is on the meta device: it has no weights to compute with")
+    windows = _windows(model, data, tokenizer, seq_len, max_tokens, vocab_size=len(embedding))
+    per_batch = max(1, _LOGIT_BYTES // (4 * seq_len * len(embedding)))
+    loss, done = 0.0, 0
+    whole: torch.nn.Module = model
+    modes = [(module, module.training) for module in whole.modules()]
+    whole.eval()
+    try:
+        for batch in torch.split(windows, per_batch):
+            loss += _summed_loss(model, batch.to(embedding.device))
+            if math.isnan(loss):
+                raise ValueError(f"model gives NaN for windows {done} to {done + len(batch) - 1} of data")
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(windows))
+    finally:
+        for module, training in modes:
+            module.training = training
+    mean = loss / (len(windows) * (seq_len - 1))
+    return math.exp(mean) if mean < _MAX_EXPONENT else math.inf
+
+
+def _windows(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seq_len: int,
+    max_tokens: int | None,
+    vocab_size: int,
+) -> torch.Tensor:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         raise ValueError(f"seq_len must be at most {longest}, the model's max_position_embeddings, got {seq_len}")
     if max_tokens is not None and max_tokens < seq_len:
-        raise ValueError(f"max_tokens must hold at least one window of seq_len={seq_len}, got {max_tokens}")
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    windows = token_windows(
-        data,
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        samples=None if max_tokens is None else max_tokens // seq_len,
-        vocab_size=vocab_size,
+        raise ValueError(f"max_tokens must be at least seq_len={seq_len}, one window, got {max_tokens}")
+    samples = None if max_tokens is None else max_tokens // seq_len
+    return token_windows(data, tokenizer=tokenizer, seq_len=seq_len, samples=samples, vocab_size=vocab_size)
+
+
+def _summed_loss(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    """Sum of -log p(next token) over windows [n, seq_len], in fp32; the sum itself in fp64."""
+    logits = model(input_ids=windows, use_cache=False).logits  # [n, seq_len, vocabulary]
+    # The last position predicts nothing. Ignoring it saves a copy of the logits without it.
+    following = windows.roll(-1, dims=1)
+    following[:, -1] = -100
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), following.flatten().to(logits.device), ignore_index=-100, reduction="none"
     )
-    device = model.get_input_embeddings().weight.device
+    return float(losses.double().sum())
