@@ -38,7 +38,7 @@ def load_smollm2(
     folder = smollm2_path(cache_dir)
     with _no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def smollm2_path(cache_dir: Path | None = None) -> Path:
@@ -99,7 +99,7 @@ def _convert(package: Path, folder: Path) -> None:
         for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
             settings.pop(key, None)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+            model = type(quantized)(AutoConfig.for_model(**settings))
         model.load_state_dict(quantized.state_dict(), assign=True)
         model.tie_weights()
         model.generation_config = quantized.generation_config
