@@ -58,7 +58,7 @@ def token_windows(
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     needed = None if samples is None else seq_len * samples * (1 if seed is None else _SPARE)
-    pieces = [piece for piece in _pieces(data, tokenizer, needed) if piece.numel()]
+    pieces = [piece for piece in _pieces(data, tokenizer, needed, seq_len) if piece.numel()]
     if not pieces:
         raise ValueError("data is empty: it has no tokens")
     longest = max(piece.shape[1] for piece in pieces)
@@ -79,7 +79,9 @@ def _check_ids(lowest: int, highest: int, vocab_size: int | None) -> None:
         raise ValueError(f"data has the token id {highest}, but vocab_size={vocab_size}: another tokenizer's?")
 
 
-def _pieces(data: Any, tokenizer: PreTrainedTokenizerBase | None, needed: int | None) -> list[torch.Tensor]:
+def _pieces(
+    data: Any, tokenizer: PreTrainedTokenizerBase | None, needed: int | None, seq_len: int
+) -> list[torch.Tensor]:
     """``data`` as int64 matrices whose rows are to be cut one by one; at least ``needed`` tokens of a dataset."""
     if isinstance(data, torch.Tensor):
         return [_rows(data)]
@@ -92,7 +94,7 @@ def _pieces(data: Any, tokenizer: PreTrainedTokenizerBase | None, needed: int | 
     if hasattr(data, "column_names"):
         return [_dataset_stream(data, tokenizer, needed)]
     if isinstance(data, Iterable) and not isinstance(data, Mapping):
-        return _batches(data, needed)
+        return _batches(data, needed, seq_len)
     raise ValueError(
         "data must be token ids (a tensor), a string, a list of strings, a datasets.Dataset or an iterable of "
         f"batches, got {type(data).__name__}"
@@ -115,20 +117,21 @@ def _batch_rows(batch: Mapping[str, Any]) -> list[torch.Tensor]:
     return [ids] if bool(real.all()) else [row[keep][None] for row, keep in zip(ids, real, strict=True)]
 
 
-def _batches(data: Iterable[Any], needed: int | None) -> list[torch.Tensor]:
+def _batches(data: Iterable[Any], needed: int | None, seq_len: int) -> list[torch.Tensor]:
     pieces: list[torch.Tensor] = []
     tokens = 0
     for batch in data:
         if isinstance(batch, Mapping) and "input_ids" in batch:
-            pieces += _batch_rows(batch)
+            rows = _batch_rows(batch)
         elif isinstance(batch, torch.Tensor):
-            pieces.append(_rows(batch))
+            rows = [_rows(batch)]
         else:
             raise ValueError(
                 "data must be a list of strings, or an iterable of tensors of token ids or of mappings with "
                 f"'input_ids'; it holds a {type(batch).__name__}"
             )
-        tokens += pieces[-1].numel()
+        pieces += rows
+        tokens += sum(len(row) * (row.shape[1] // seq_len * seq_len) for row in rows)  # in whole windows
         if needed is not None and tokens >= needed:
             break
     return pieces
@@ -161,8 +164,8 @@ def _dataset_stream(data: Any, tokenizer: PreTrainedTokenizerBase | None, needed
     tokens = 0
     for row in data:
         if column == "input_ids":
-            ids += [piece.reshape(1, -1) for piece in _batch_rows(row)]
-            tokens += ids[-1].numel()
+            ids.append(torch.cat([piece.flatten() for piece in _batch_rows(row)]))
+            tokens += len(ids[-1])
         else:
             texts.append(row["text"] or "")
             # The rows are tokenized again as one text, whose joints add tokens: this count is a lower bound.
@@ -171,7 +174,7 @@ def _dataset_stream(data: Any, tokenizer: PreTrainedTokenizerBase | None, needed
             break
     if column == "text":
         return _tokenize(texts, tokenizer)
-    return torch.cat(ids, dim=1) if ids else torch.empty(1, 0, dtype=torch.int64)
+    return torch.cat(ids)[None] if ids else torch.empty(1, 0, dtype=torch.int64)
 
 
 def _count(text: str, tokenizer: Any) -> int:

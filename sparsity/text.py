@@ -77,7 +77,7 @@ def load_text(spec: str, split: str | None = None) -> Any:
     """
     path = Path(spec).expanduser()
     name, _, suffix = spec.partition(":")
-    if name not in ("pydoc", "wikitext2", "c4"):
+    if spec and name not in ("pydoc", "wikitext2", "c4"):
         if path.is_file():
             return _load_file(path)
         if path.is_dir():
