@@ -92,8 +92,8 @@ def from_matrix(matrix: Tensor, shape: torch.Size, *, transposed: bool = False) 
     return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
 
 
-def attach(module: nn.Module, param: str, mask: Mask) -> None:
-    """Attach ``mask`` to ``module.<param>`` and zero the pruned weights in place.
+def attach(module: nn.Module, param: str, mask: Mask, *, zero: bool = True) -> None:
+    """Attach ``mask`` to ``module.<param>`` and zero the pruned weights in place (unless ``zero`` is False).
 
     Raises:
         MaskError: the mask was made for another shape.
@@ -101,8 +101,9 @@ def attach(module: nn.Module, param: str, mask: Mask) -> None:
     weight: Tensor = getattr(module, param)
     if weight.shape != mask.shape:
         raise MaskError(f"mask of shape {tuple(mask.shape)} does not fit {param} of shape {tuple(weight.shape)}")
-    with torch.no_grad():
-        weight.masked_fill_(~mask.dense(weight.device), 0)
+    if zero:
+        with torch.no_grad():
+            weight.masked_fill_(~mask.dense(weight.device), 0)
     module.__dict__.setdefault(_ATTRIBUTE, {})[param] = mask
 
 

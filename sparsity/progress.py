@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes long: done, total and the time left."""
+"""One progress bar for everything that takes long: done, total and the time left; transformers' own are hidden."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging
 
-Advance = Callable[[int], None]
+Advance = Callable[[float], None]
 
 
 @contextmanager
 def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Advance]:
-    """Show a bar on stderr while open; yields ``advance(steps)``. It vanishes when it closes."""
+    """Show a bar on stderr, if that is a terminal, while open; yields ``advance(steps)``. It vanishes at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -22,6 +23,20 @@ def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Ad
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled, transient=True) as progress:
+    console = Console(stderr=True)
+    shown = enabled and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda steps: progress.advance(task, steps)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide the progress bars of transformers' loading and saving while open."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

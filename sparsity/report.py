@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+
+from trisparse.sparsity.mask import masks
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class TargetReport:
     pattern: str
     kept: int
     total: int
-    seconds: float
+    seconds: float = 0.0
     note: str = ""
 
     @property
@@ -97,21 +101,8 @@ class SparsityReport:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        """A table in which weights with the same role in different blocks share a row."""
-        table = Table(title=f"{self.method} {self.pattern}", title_justify="left")
-        for heading in ("weight", "shape", "pattern"):
-            table.add_column(heading)
-        for heading in ("kept", "sparsity", "seconds"):
-            table.add_column(heading, justify="right")
-        groups: dict[tuple[str, tuple[int, ...], str], list[TargetReport]] = {}
-        for target in self.targets:
-            groups.setdefault((re.sub(r"\d+", "*", target.name), target.shape, target.pattern), []).append(target)
-        for (role, shape, pattern), members in groups.items():
-            name = members[0].name if len(members) == 1 else f"{role} ({len(members)})"
-            kept, total = sum(m.kept for m in members), sum(m.total for m in members)
-            size = "×".join(map(str, shape))
-            seconds = sum(m.seconds for m in members)
-            table.add_row(name, size, pattern, f"{kept:,}", f"{1 - kept / total:.2%}", f"{seconds:.2f}")
+        """Tables in which parameters with the same role in different blocks share a row."""
+        table = _target_table(f"{self.method} {self.pattern}", self.targets)
         left_out = Table(title="not pruned", title_justify="left")
         for heading in ("parameter", "shape", "why"):
             left_out.add_column(heading)
@@ -122,15 +113,45 @@ class SparsityReport:
         for (role, reason), rows in similar.items():
             name = rows[0].name if len(rows) == 1 else f"{role} ({len(rows)})"
             left_out.add_row(name, "×".join(map(str, rows[0].shape)), reason, f"{sum(r.share for r in rows):.2%}")
-        out = io.StringIO()
-        console = Console(file=out, width=120)
-        console.print(table)
-        console.print(left_out)
-        for note in sorted({f"{target.name}: {target.note}" for target in self.targets if target.note}):
-            console.print(note)
+        notes = [f"{target.name}: {target.note}" for target in self.targets if target.note]
         data = f", {self.samples} sequences ({self.tokens:,} tokens) of calibration" if self.samples else ""
-        console.print(
+        notes.append(
             f"{self.sparsity:.2%} of {self.total:,} weights pruned, {self.model_sparsity:.2%} of all "
             f"{self.parameters:,} parameters, in {self.seconds:.1f} s{data}"
         )
-        return out.getvalue().rstrip()
+        return _as_text(table, left_out, *notes)
+
+
+def describe_masks(model: nn.Module) -> str:
+    """Table of the masks attached to ``model``."""
+    rows = [TargetReport(n, tuple(m.shape), str(m.pattern), m.kept, m.shape.numel()) for n, m in masks(model).items()]
+    kept, total = sum(row.kept for row in rows), sum(row.total for row in rows)
+    table = _target_table("masks", rows)
+    return _as_text(table, f"{1 - kept / total:.2%} of {total:,} weights pruned" if rows else "no masks")
+
+
+def _target_table(title: str, targets: Sequence[TargetReport]) -> Table:
+    timed = any(target.seconds for target in targets)
+    table = Table(title=title, title_justify="left")
+    for heading in ("weight", "shape", "pattern"):
+        table.add_column(heading)
+    for heading in ("kept", "sparsity", *(["seconds"] if timed else [])):
+        table.add_column(heading, justify="right")
+    groups: dict[tuple[str, tuple[int, ...], str], list[TargetReport]] = {}
+    for target in targets:
+        groups.setdefault((re.sub(r"\d+", "*", target.name), target.shape, target.pattern), []).append(target)
+    for (role, shape, pattern), members in groups.items():
+        name = members[0].name if len(members) == 1 else f"{role} ({len(members)})"
+        kept, total = sum(m.kept for m in members), sum(m.total for m in members)
+        cells = [name, "×".join(map(str, shape)), pattern, f"{kept:,}", f"{1 - kept / total:.2%}"]
+        table.add_row(*cells, *([f"{sum(m.seconds for m in members):.2f}"] if timed else []))
+    return table
+
+
+def _as_text(*parts: Table | str) -> str:
+    """What rich prints, without colours, at a width that does not depend on the terminal."""
+    out = io.StringIO()
+    console = Console(file=out, width=120, color_system=None, highlight=False)
+    for part in parts:
+        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+    return out.getvalue().rstrip()

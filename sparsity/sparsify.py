@@ -156,8 +156,10 @@ class _Pruning:
         """Measure everything, then select all masks under one budget and attach them."""
         members: list[tuple[Target, Tensor | None, str]] = []
         for group, statistics in steps:
-            for target in self._reached(group, statistics):
-                members.append((target, statistics.rms(target) if statistics else None, _note(target, statistics)))
+            members.extend(
+                (target, statistics.rms(target) if statistics else None, _note(target, statistics))
+                for target in self._reached(group, statistics)
+            )
             advance(len(group))
         start = time.perf_counter()
         scores = [self._scores(target, x) for target, x, _ in members]

