@@ -1,8 +1,9 @@
 """Packed masks: one bit a weight, little-endian within a byte.
 
-    packed[i, j] = sum over b in 0..7 of mask[i, 8*j + b] << b        mask [rows, cols] -> packed [rows, ceil(cols/8)]
+    packed[i, j] = sum over b in 0..7 of mask[i, 8*j + b] << b
 
-Column 8*j + b is bit b of byte j; the bits beyond the last column are 0. A mask takes 1/16 of a bf16 weight.
+mask [rows, cols] bool -> packed [rows, ceil(cols/8)] uint8. Column 8*j + b is bit b of byte j; the bits
+beyond the last column are 0. A mask takes 1/16 of a bf16 weight.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def _check_2d(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
 def _check_cols(cols: int, packed: Tensor) -> None:
     if isinstance(cols, bool) or not isinstance(cols, int) or cols < 0 or -(-cols // 8) != packed.shape[1]:
         high = 8 * packed.shape[1]
-        raise ValueError(f"cols is {cols!r}; {packed.shape[1]} bytes a row hold {max(0, high - 7)}..{high} columns")
+        allowed = f"{max(0, high - 7)}..{high}"
+        raise ValueError(f"cols is {cols!r}; {packed.shape[1]} bytes a row hold {allowed} columns")
 
 
 def pack_bits_ref(mask: Tensor) -> Tensor:
@@ -62,13 +64,14 @@ def unpack_bits(packed: Tensor, cols: int) -> Tensor:
     """Unpack uint8 [rows, ceil(cols/8)] to a bool mask [rows, cols]; the inverse of `pack_bits`.
 
     Raises:
-        ValueError: not uint8, not 2-D, a non-contiguous inner dimension, or ``cols`` that the bytes cannot hold.
+        ValueError: not uint8, not 2-D, a non-contiguous inner dimension, or ``cols`` that do not fit.
     """
     if packed.device.type != "cpu":
         return unpack_bits_ref(packed, cols)
     _check_2d(packed, torch.uint8, "packed")
     _check_cols(cols, packed)
-    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=cols, bitorder="little")).view(torch.bool)
+    bits = np.unpackbits(packed.numpy(), axis=1, count=cols, bitorder="little")
+    return torch.from_numpy(bits).view(torch.bool)
 
 
 def count_bits_ref(packed: Tensor) -> Tensor:

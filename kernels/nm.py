@@ -2,12 +2,13 @@
 
     mask[i, m*g + j] = (score[i, m*g + j] is among the n greatest of group g),  score = |W| * X or W * X
 
-W [rows, cols], X [cols] -> mask [rows, cols] bool; cols % m == 0. Equal scores: the lower index is kept. Source:
-2:4 sparsity of Ampere's tensor cores (Mishra et al. 2021, https://arxiv.org/abs/2104.08378); 2:4 and 4:8 pruning as
-in Wanda (Sun et al. 2024, https://arxiv.org/abs/2306.11695, section 4.1).
+W [rows, cols], X [cols] -> mask [rows, cols] bool; cols % m == 0. Equal scores: the lower index is kept.
+Source: 2:4 sparsity of Ampere's tensor cores (Mishra et al. 2021, https://arxiv.org/abs/2104.08378); 2:4 and
+4:8 pruning as in Wanda (Sun et al. 2024, https://arxiv.org/abs/2306.11695, section 4.1).
 
-An element is kept when fewer than n of its group come before it: those with a greater score, and those with an
-equal score and a lower index. Counting them takes m - 1 comparisons of the weights with themselves, shifted.
+An element is kept when fewer than n of its group come before it: those with a greater score, and those with
+an equal score and a lower index. Counting them takes m - 1 comparisons of the weights with themselves,
+shifted.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def select_nm(weight: Tensor, n: int, m: int, *, x: Tensor | None = None, absolu
     """Keep exactly the ``n`` greatest scores of every ``m`` consecutive columns; ties go to the lower column.
 
     Args:
-        weight: [rows, cols] of fp32, fp16, bf16 or fp64, the inner dimension contiguous, cols a multiple of m.
+        weight: [rows, cols] of fp32, fp16, bf16 or fp64, the inner dimension contiguous.
         n: how many to keep in each group, 1 <= n < m.
         m: the size of a group, at most 32.
         x: None, or [cols] of a float dtype on the weight's device; the score is multiplied by it in fp32.
@@ -70,22 +71,21 @@ def select_nm(weight: Tensor, n: int, m: int, *, x: Tensor | None = None, absolu
     mask = torch.empty(rows, cols, dtype=torch.bool)
     kept = mask.numpy()
     longest = max((stop - start for start, stop in chunks.spans), default=0) * cols
-    # inside[d][i]: does i's group hold i + d, too? Bytes, so that the counts below are sums of bytes.
-    place = np.tile(np.arange(m, dtype=np.uint8), longest // m)
-    inside = [(place < m - d).view(np.uint8) for d in range(m)]
+    # after[i]: how many of the group follow i; inside[d][i]: does the group hold i + d, too? All in bytes.
+    after = np.tile(np.arange(m - 1, -1, -1, dtype=np.uint8), longest // m)
+    inside = [(after >= d).view(np.uint8) for d in range(m)]
 
     def select(start: int, stop: int) -> None:
         keys = chunks.keys(start, stop).reshape(-1)
-        before = np.zeros(keys.size, np.uint8)  # how many of the group come before each element
+        before = after[: keys.size].copy()  # will be how many of the group come before each element
         buffer = np.empty(keys.size, np.bool_)
         for d in range(1, min(m, keys.size)):
             first = buffer[:-d]
             np.greater_equal(keys[:-d], keys[d:], out=first)  # i comes before i + d
-            wins, valid = first.view(np.uint8), inside[d][: keys.size - d]
-            wins &= valid
+            wins = first.view(np.uint8)
+            wins &= inside[d][: keys.size - d]
             before[d:] += wins
-            wins ^= valid  # i + d comes before i
-            before[:-d] += wins
+            before[:-d] -= wins
         np.less(before, n, out=kept[start:stop].reshape(-1))
 
     run_chunks(select, chunks.spans)

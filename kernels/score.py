@@ -3,19 +3,19 @@
     score = |W| * X    (``absolute``; X = 1 when not given)        W [rows, cols], X [cols]
     score =  W  * X    (not ``absolute``)
 
-in fp32 (fp64 for an fp64 weight). Greater scores are kept; of equal scores the lower index is kept; -0 equals +0.
-|W| * X is Wanda's criterion (Sun et al. 2024, https://arxiv.org/abs/2306.11695, equation 1).
+in fp32 (fp64 for an fp64 weight). Greater scores are kept; of equal scores the lower index is kept; -0
+equals +0. |W| * X is Wanda's criterion (Sun et al. 2024, https://arxiv.org/abs/2306.11695, equation 1).
 
 A key is an integer that orders as the score does: the bits of the float, where a negative one becomes minus
-its magnitude. So -0 and +0 share the key 0, and each NaN lies beyond the key of an infinity. Selecting by keys
-needs no float comparison, and 16-bit weights without X need half the bytes.
+its magnitude. So -0 and +0 share the key 0, and each NaN lies beyond the key of an infinity. Selecting by
+keys needs no float comparison, and 16-bit weights without X need half the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_ALLOWED = ", ".join(str(dtype) for dtype in DTYPES)
 CHUNK = 1 << 17  # Elements handled at a time: keys and bytes of a chunk stay in a core's second-level cache.
 
 Keys = npt.NDArray[np.signedinteger[Any]]
 
-_MAGNITUDE = {np.int16: 0x7FFF, np.int32: 0x7FFF_FFFF, np.int64: 0x7FFF_FFFF_FFFF_FFFF}
+Result = TypeVar("Result")
+
 # The bits of +Inf as a signed integer; a greater magnitude is a NaN.
 _INFINITY = {
     torch.float16: 0x7C00,
@@ -63,10 +65,9 @@ def checked_score_ref(weight: Tensor, x: Tensor | None, absolute: bool, name: st
 
 
 def check_weight(weight: Tensor, name: str) -> None:
-    """Raise a ValueError unless ``weight`` is 2-D, of a supported dtype, with a contiguous inner dimension."""
+    """Raise a ValueError unless ``weight`` is 2-D, of a float dtype, with a contiguous inner dimension."""
     if weight.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in DTYPES)
-        raise ValueError(f"{name} has dtype {weight.dtype}; allowed are {allowed}")
+        raise ValueError(f"{name} has dtype {weight.dtype}; allowed are {_ALLOWED}")
     if weight.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}; it must have 2 dimensions, [rows, cols]")
     check_inner(weight, name)
@@ -74,7 +75,7 @@ def check_weight(weight: Tensor, name: str) -> None:
 
 def check_inner(tensor: Tensor, name: str) -> None:
     """Raise a ValueError unless the inner dimension of a 2-D tensor is contiguous."""
-    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+    if tensor.numel() and tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(
             f"{name} has strides {tensor.stride()}; its inner dimension must be contiguous (stride 1): "
             f"pass {name}.contiguous()"
@@ -86,11 +87,9 @@ def check_x(x: Tensor | None, weight: Tensor, name: str) -> None:
     if x is None:
         return
     if x.dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {x.dtype}; allowed are {', '.join(str(dtype) for dtype in DTYPES)}")
+        raise ValueError(f"{name} has dtype {x.dtype}; allowed are {_ALLOWED}")
     if x.dim() != 1 or x.shape[0] != weight.shape[1]:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; it must be ({weight.shape[1]},), one entry per column of the weight"
-        )
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be ({weight.shape[1]},), one entry per column")
     if x.device != weight.device:
         raise ValueError(f"{name} is on {x.device}; it must be on the weight's device, {weight.device}")
 
@@ -111,59 +110,106 @@ class Chunks:
     """The keys of a CPU weight [rows, cols], made a few rows at a time.
 
     ``keys(start, stop)`` gives those of the rows start..stop as a fresh contiguous array, and raises a
-    ValueError when one is a NaN. ``spans`` are the (start, stop) that cover all rows.
+    ValueError when one is a NaN. ``spans`` are the (start, stop) that cover all rows. Keys compare with
+    those of another weight when both were made with the same ``form``; it defaults to the narrowest.
     """
 
-    def __init__(self, weight: Tensor, x: Tensor | None, absolute: bool, name: str, x_name: str) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        x: Tensor | None,
+        absolute: bool,
+        name: str,
+        x_name: str,
+        form: torch.dtype | None = None,
+    ) -> None:
         weight = weight.detach()
-        self.shape = (weight.shape[0], weight.shape[1])
-        self._error = nan_error(name, x_name, x)
+        rows, cols = weight.shape
+        self.shape = (rows, cols)
+        self._names = (name, x_name, x)
         self._absolute = absolute
-        self._x: npt.NDArray[np.floating[Any]] | None = None
-        score_dtype = weight.dtype
-        if x is not None:
-            score_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            self._x = x.detach().to(score_dtype).numpy()
         self._is_bfloat16 = weight.dtype == torch.bfloat16
+        self._weight = weight.view(torch.int16).numpy() if self._is_bfloat16 else weight.numpy()
+        score_dtype = score_form(weight, x)
+        form = form or score_dtype
+        converts = x is not None or form != weight.dtype
+        self._score_dtype = _numpy_dtype(form if x is None else score_dtype) if converts else None
+        self._form = _numpy_dtype(form) if form != torch.bfloat16 else None
+        self._integer = _numpy_dtype(_INTEGER[form])
+        self.infinity = _INFINITY[form]
+        self._x = None if x is None else x.detach().to(score_dtype).numpy()
         # |W| * X is never negative when X is not: then the magnitude bits are the key already.
         self._nonnegative = absolute and (self._x is None or not bool((self._x < 0).any()))
-        self._integer = torch.empty(0, dtype=_INTEGER[score_dtype]).numpy().dtype
-        self._infinity = _INFINITY[score_dtype]
-        self._weight = weight.view(torch.int16).numpy() if self._is_bfloat16 else weight.numpy()
-        step = max(1, CHUNK // max(1, self.shape[1]))
-        self.spans = [(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
+        step = max(1, CHUNK // max(1, cols))
+        self.spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def keys(self, start: int, stop: int) -> Keys:
         """Keys of rows start..stop, a fresh contiguous [stop - start, cols]."""
-        part = self._weight[start:stop]
-        if self._x is not None:
-            if self._is_bfloat16:  # NumPy has no bf16; its bits are the upper half of the fp32 of the same value.
-                part = np.left_shift(part.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
-            score = part.astype(self._x.dtype, order="C")
-            if self._absolute:
-                np.abs(score, out=score)
-            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                score *= self._x
-            keys: Keys = score.view(self._integer)
+        return self._keys(self._weight[start:stop], self._x)
+
+    def keys_at(self, row: npt.NDArray[np.int64], col: npt.NDArray[np.int64]) -> Keys:
+        """Keys of the elements (row[i], col[i])."""
+        return self._keys(self._weight[row, col], None if self._x is None else self._x[col])
+
+    def _keys(self, part: npt.NDArray[Any], x: npt.NDArray[Any] | None) -> Keys:
+        magnitude = np.iinfo(self._integer).max
+        keys: Keys
+        if self._score_dtype is not None:
+            score = self._convert(part)
+            if self._absolute and not self._nonnegative:
+                score = np.abs(score)
+            if x is not None:
+                with np.errstate(all="ignore"):  # Inf and subnormals are meant; a NaN is raised on below
+                    score = np.multiply(score, x)
+            keys = score.astype(self._form, copy=score is part).view(self._integer)
+            if self._nonnegative:
+                keys &= magnitude
+        elif self._nonnegative:
+            keys = np.bitwise_and(part.view(self._integer), magnitude, order="C")
         else:
             keys = np.array(part.view(self._integer), order="C")
-        magnitude = keys.dtype.type(_MAGNITUDE[keys.dtype.type])
-        if self._nonnegative:
-            keys &= magnitude
-        else:
+        if not self._nonnegative:
             sign = keys >> (keys.dtype.itemsize * 8 - 1)  # 0 or -1; (key ^ -1) + 1 = -key
             keys &= magnitude
             keys ^= sign
             keys -= sign
-        if keys.size and (keys.max() > self._infinity or (not self._nonnegative and keys.min() < -self._infinity)):
-            raise self._error
+        if keys.size:
+            least = 0 if self._nonnegative else int(keys.min())
+            if max(int(keys.max()), -least) > self.infinity:
+                raise nan_error(*self._names)
         return keys
 
+    def _convert(self, part: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``part`` in the score's dtype; the same array when it has it already."""
+        if self._is_bfloat16:  # NumPy has no bf16; its bits are the upper half of an fp32's
+            bits = part.view(np.uint16).astype(np.uint32, order="C")
+            bits <<= 16
+            part = bits.view(np.float32)
+        elif part.dtype == np.float16 and part.ndim == 2:
+            # Torch converts fp16 20 times faster than NumPy; below 2^15 elements it starts no threads of its
+            # own.
+            wide = np.empty(part.shape, np.float32)
+            source, target = torch.from_numpy(part), torch.from_numpy(wide)
+            step = max(1, ((1 << 15) - 1) // max(1, part.shape[1]))
+            for row in range(0, part.shape[0], step):
+                target[row : row + step].copy_(source[row : row + step])
+            part = wide
+        return part.astype(self._score_dtype, copy=False)
 
-def run_chunks(work: Callable[[int, int], Any], spans: list[tuple[int, int]]) -> list[Any]:
-    """``[work(start, stop) for start, stop in spans]`` in as many threads as torch uses; NumPy frees the GIL."""
+
+def score_form(weight: Tensor, x: Tensor | None) -> torch.dtype:
+    """The narrowest dtype that holds every score: the weight's own without ``x``."""
+    return weight.dtype if x is None or weight.dtype == torch.float64 else torch.float32
+
+
+def run_chunks(work: Callable[..., Result], spans: Sequence[tuple[Any, ...]]) -> list[Result]:
+    """`[work(*span) for span in spans]` in as many threads as torch uses; NumPy frees the GIL."""
     threads = min(torch.get_num_threads(), len(spans))
     if threads <= 1:
-        return [work(start, stop) for start, stop in spans]
+        return [work(*span) for span in spans]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda span: work(*span), spans))
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return torch.empty(0, dtype=dtype).numpy().dtype

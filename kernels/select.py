@@ -1,19 +1,29 @@
 """Row selection: keep exactly the k greatest scores of each row.
 
-    mask[i, j] = (score[i, j] is among the k greatest of row i),  score = |W| * X or W * X     (kernels/score.py)
+    mask[i, j] = (score[i, j] is among the k greatest of row i),  score = |W| * X or W * X
 
-W [rows, cols], X [cols] -> mask [rows, cols] bool. Equal scores: the lower index is kept, so that every backend
-gives the identical mask. Source: Wanda prunes per output row (Sun et al. 2024, https://arxiv.org/abs/2306.11695,
-section 3), where a stable sort with int64 indices, a scatter and a select move more than ten times the bytes.
+W [rows, cols], X [cols] -> mask [rows, cols] bool. Equal scores: the lower index is kept, so that every
+backend gives the identical mask. Source: Wanda prunes per output row (Sun et al. 2024,
+https://arxiv.org/abs/2306.11695, section 3), where a stable sort with int64 indices, a scatter and a select
+move more than ten times the bytes.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trisparse.kernels.score import Chunks, check_budget, check_weight, check_x, checked_score_ref, run_chunks
+from trisparse.kernels.score import (
+    Chunks,
+    Keys,
+    check_budget,
+    check_weight,
+    check_x,
+    checked_score_ref,
+    run_chunks,
+)
 
 
 def select_rows_ref(weight: Tensor, k: int, *, x: Tensor | None = None, absolute: bool = True) -> Tensor:
@@ -55,25 +65,21 @@ def select_rows(weight: Tensor, k: int, *, x: Tensor | None = None, absolute: bo
         if k in (0, cols):
             part[:] = k > 0
             return
-        threshold = np.partition(keys, cols - k, axis=1)[:, cols - k, None]
+        ordered = np.partition(keys, cols - k, axis=1)
+        threshold = ordered[:, cols - k, None]
         np.greater_equal(keys, threshold, out=part)
-        surplus = part.view(np.uint8).sum(axis=1, dtype=np.int64) - k
-        rows_over = np.flatnonzero(surplus)
-        if rows_over.size:
-            _drop_ties(part, keys, threshold, surplus, rows_over)
+        # More than k reach the threshold where one of those below its place equals it.
+        tied = np.flatnonzero(ordered[:, : cols - k].max(axis=1) == threshold[:, 0])
+        if tied.size:
+            _drop_ties(part, keys, threshold, k, tied)
 
     run_chunks(select, chunks.spans)
     return mask
 
 
-def _drop_ties(
-    part: np.ndarray, keys: np.ndarray, threshold: np.ndarray, surplus: np.ndarray, rows: np.ndarray
-) -> None:
-    """In each of ``rows``, unmark the last ``surplus`` elements that equal the threshold."""
-    cols = keys.shape[1]
-    every = rows.size == keys.shape[0]
-    tied = np.flatnonzero(keys == threshold if every else keys[rows] == threshold[rows])
-    row = tied // cols  # position within `rows`; `tied` is sorted by row, then by column
-    end = np.searchsorted(row, np.arange(1, rows.size + 1))
-    drop = np.arange(tied.size) >= (end - surplus[rows])[row]
-    part[rows[row[drop]], tied[drop] % cols] = False
+def _drop_ties(part: npt.NDArray[np.bool_], keys: Keys, threshold: Keys, k: int, rows: npt.NDArray[np.int64]) -> None:
+    """In each of ``rows``, unmark the last of the elements that equal the threshold until ``k`` are left."""
+    for row in rows.tolist():
+        surplus = int(np.count_nonzero(part[row])) - k
+        equal = np.flatnonzero(keys[row] == threshold[row])
+        part[row, equal[equal.size - surplus :]] = False
