@@ -37,8 +37,8 @@ _SOURCES = (
 def pydoc_text(split: str) -> list[str]:
     """Python's own documentation (``pydoc_data.topics``, about 370 kB of English), one string per topic.
 
-    ``split`` is ``"train"`` (about 53% of the characters), ``"calibration"`` (20%), ``"validation"`` (10%) or
-    ``"test"`` (17%). Topics are whole and in one split only; each split mixes long and short ones from all over
+    ``split`` is ``"train"`` (about 55% of the characters), ``"calibration"`` (19%), ``"validation"`` (10%) or
+    ``"test"`` (16%). Topics are whole and in one split only; each split mixes long and short ones from all over
     the documentation. The same topics on every Python version, though their text may differ a little.
 
     Raises:
