@@ -100,6 +100,6 @@ def _check_ids(batch: Batch, vocab_size: int | None) -> None:
     if isinstance(ids, Tensor) and ids.numel() and vocab_size is not None:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"data has token ids in {low}..{high}, the vocabulary is 0..{vocab_size - 1}")
+            raise ValueError(f"data has token ids from {low} to {high}, but vocab_size={vocab_size}")
     if any(isinstance(v, Tensor) and v.is_floating_point() and not torch.isfinite(v).all() for v in batch.values()):
         raise ValueError("data has NaN or Inf")

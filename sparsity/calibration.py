@@ -154,10 +154,10 @@ def _computing(block: nn.Module, dtype: torch.dtype | None, *, copy: bool = Fals
     """Run ``block`` with its parameters in ``dtype`` (or on a ``copy`` of them); they come back when it closes.
 
     Yields a function that casts floating-point tensors (in lists, tuples and dicts) to that dtype. Blocks that
-    are not fp32 throughout keep their own dtypes.
+    are not fp32 throughout, or hold statistics (BatchNorm), keep their own dtypes.
     """
     parameters = list(block.parameters())
-    if dtype is None or any(p.dtype != torch.float32 for p in parameters):
+    if any(p.dtype != torch.float32 for p in parameters) or any(b.is_floating_point() for b in block.buffers()):
         dtype = None
     originals = [p.data for p in parameters]
 

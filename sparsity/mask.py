@@ -57,7 +57,7 @@ class Mask:
     @classmethod
     def from_matrix(cls, keep: Tensor, shape: torch.Size, pattern: Pattern, *, transposed: bool = False) -> Mask:
         """Pack ``keep`` (bool [rows, cols], True = kept) for a parameter of ``shape``."""
-        return cls(pack_bits(keep).cpu(), shape, keep.shape[1], transposed, pattern)
+        return cls(pack_bits(keep.contiguous()).cpu(), shape, keep.shape[1], transposed, pattern)
 
     def matrix(self, device: torch.device | str = "cpu") -> Tensor:
         """Bool [rows, cols], True = kept."""

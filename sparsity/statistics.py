@@ -76,7 +76,7 @@ class InputStatistics:
     def _hook(self, target: Target, before_use: Callable[[Target], None] | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            self._add(target, x.detach())
+            self._add(target, x)
             if before_use is not None:
                 before_use(target)
 
