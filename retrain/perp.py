@@ -1,0 +1,254 @@
+"""PERP: parameter-efficient retraining after pruning (Zimmer et al.; section 3 and Appendix A).
+
+Biases, norms, a LoRA on the output head and a LoRA under the mask of every pruned linear train; all other
+weights are frozen and have neither gradient nor optimizer state. Afterwards everything is merged: the model
+has the architecture that it had before, and every pruned weight is still zero.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import set_seed
+
+from trisparse.retrain.adapters import Adapted, is_tied, other_ties
+from trisparse.retrain.groups import GROUPS, ParameterGroups, parameter_groups
+from trisparse.retrain.loop import RetrainError, Watch, mean_loss, random_state_kept, trainer_for
+from trisparse.retrain.report import PeakMemory, RetrainReport
+from trisparse.sparsity.data import token_windows
+from trisparse.sparsity.hardware import bf16_is_fast
+from trisparse.sparsity.mask import check_masks, masks
+
+_DTYPES = ("auto", "fp32", "bf16")
+_VARIANTS = ("mask_lora",)
+
+
+@dataclass(frozen=True)
+class PERPConfig:
+    """How to retrain. The batch, the accumulation, the warm-up and the weight decay are the paper's (Appendix A).
+
+    Attributes:
+        groups: which of "biases", "norms", "head" and "lora" train.
+        variant: LoRA of the pruned layers; "mask_lora" is W + M ⊙ (s·BA).
+        rank: rank of every LoRA.
+        alpha: the LoRAs' scaling is s = alpha / rank.
+        learning_rate: AdamW's peak; the paper tries 5e-6, 1e-5, 5e-5, 1e-4 and 5e-4.
+        steps: optimizer steps.
+        batch_size: windows per forward, on each device.
+        gradient_accumulation: forwards per step.
+        seq_len: tokens per window.
+        warmup_ratio: share of the steps in which the rate rises; it falls linearly to 0 after them.
+        weight_decay: AdamW's.
+        max_grad_norm: clipping of the gradient's l2 norm; 0 turns it off.
+        gradient_checkpointing: keep one activation per block and compute the others twice.
+        seed: of the LoRAs' start, of the order of the data and of dropout.
+        dtype: "fp32"; "bf16" (autocast; what trains stays fp32); "auto" is bf16 where it is the faster one, or
+            where the model is in bf16.
+        output_dir: folder for the Trainer's checkpoints; none are written without it.
+        save_steps: steps from one checkpoint to the next.
+        report_to: Trainer's integrations, such as ("wandb",).
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    groups: Sequence[str] = GROUPS
+    variant: Literal["mask_lora"] = "mask_lora"
+    rank: int = 16
+    alpha: float = 32
+    learning_rate: float = 5e-4
+    steps: int = 100
+    batch_size: int = 2
+    gradient_accumulation: int = 4
+    seq_len: int = 512
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    output_dir: str | Path | None = None
+    save_steps: int | None = None
+    report_to: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.groups, str) or not self.groups or set(self.groups) - set(GROUPS):
+            raise ValueError(f"groups must be one or more of {', '.join(GROUPS)}, got {self.groups!r}")
+        # the order of GROUPS, each once
+        object.__setattr__(self, "groups", tuple(group for group in GROUPS if group in self.groups))
+        if self.variant not in _VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(_VARIANTS)}, got {self.variant!r}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        for name, least in (
+            ("rank", 1), ("steps", 1), ("batch_size", 1), ("gradient_accumulation", 1), ("seq_len", 2), ("seed", 0)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name, above, reach in (
+            ("alpha", 0, False), ("learning_rate", 0, False), ("weight_decay", 0, True), ("max_grad_norm", 0, True)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+            if not number or value < above or (value == above and not reach):
+                least_or_above = "of at least" if reach else "above"
+                raise ValueError(f"{name} must be a number {least_or_above} {above}, got {value!r}")
+        ratio = self.warmup_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+            raise ValueError(f"warmup_ratio must be a number in [0, 1), got {ratio!r}")
+        if self.save_steps is not None:
+            if isinstance(self.save_steps, bool) or not isinstance(self.save_steps, int) or self.save_steps < 1:
+                raise ValueError(f"save_steps must be an integer of at least 1 or None, got {self.save_steps!r}")
+            if self.output_dir is None:
+                raise ValueError(f"save_steps={self.save_steps} needs output_dir: where do the checkpoints go?")
+        if isinstance(self.report_to, str):
+            raise ValueError(f"report_to must be a sequence of names such as ('wandb',), got {self.report_to!r}")
+        object.__setattr__(self, "report_to", tuple(self.report_to))
+
+
+_DEFAULT = PERPConfig()
+
+
+def retrain(
+    model: Any,
+    data: Any,
+    config: PERPConfig = _DEFAULT,
+    *,
+    tokenizer: Any = None,
+    validation: Any = None,
+    progress: bool = True,
+) -> RetrainReport:
+    """Retrain a pruned causal language model in place, keeping its zeros.
+
+    Whatever is wrong with the arguments raises before anything changes, and a failure or an interrupt while
+    training leaves the model as it was. Modes, flags and the config are put back. A head that shares the
+    input embedding gets a weight of its own when it is merged, as its LoRA changes the head alone
+    (``tie_word_embeddings`` is False from then on; the report says so).
+
+    Args:
+        model: a transformers causal language model with attached masks (:mod:`trisparse.sparsity.mask`).
+        data: to train on; token ids or text, see :func:`trisparse.sparsity.data.token_windows`.
+        config: what trains, and how.
+        tokenizer: for text.
+        validation: data whose loss is measured before and after.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: the model or the data does not fit ``config``.
+        MaskError: a pruned weight is not zero.
+        RetrainError: the loss, the gradient or a trained parameter became NaN or infinite.
+    """
+    groups = parameter_groups_for(model, config)
+    dtype = autocast_dtype(model, config)
+    windows, held_out = _windows(model, data, validation, config, tokenizer)
+    total = sum(param.numel() for param in model.parameters())
+    device = next(model.parameters()).device
+
+    watch = Watch(config.steps, progress=progress)
+    with random_state_kept(), _folder(config) as folder:
+        set_seed(config.seed)
+        adapted = Adapted(model, groups, tuple(config.groups), config.rank, config.alpha)
+        try:
+            adapted.switch_cache_off()
+            validate = [] if held_out is None else [mean_loss(adapted.peft, held_out, config.batch_size, dtype)]
+            with watch, PeakMemory(device) as memory:
+                trainer_for(adapted.peft, windows, config, watch, folder=folder, dtype=dtype).train()
+            if broken := adapted.first_not_finite():
+                raise RetrainError(f"{broken} is not finite after step {config.steps}; the model is as it was before")
+            if held_out is not None:
+                validate.append(mean_loss(adapted.peft, held_out, config.batch_size, dtype))
+        except BaseException:
+            adapted.discard()
+            raise
+        added = adapted.merge()
+    check_masks(model)
+    return RetrainReport(
+        steps=config.steps,
+        tokens=config.steps * config.batch_size * config.gradient_accumulation * config.seq_len,
+        seconds=watch.seconds,
+        trainable=adapted.trainable,
+        total_parameters=total,
+        losses=watch.losses,
+        peak_memory_bytes=memory.bytes,
+        untied_head=added > 0,
+        added_parameters=added,
+        not_covered=list(groups.not_covered) if "lora" in config.groups else [],
+        validation_loss=(validate[0], validate[1]) if held_out is not None else None,
+    )
+
+
+def parameter_groups_for(model: Any, config: PERPConfig) -> ParameterGroups:
+    """The groups of ``model``, checked against ``config``; see :func:`retrain` for what raises."""
+    if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("model is wrapped by PEFT already: merge_and_unload() or unload() it first")
+    if not callable(getattr(model, "get_output_embeddings", None)) or not hasattr(model, "config"):
+        raise ValueError(f"model must be a transformers causal language model, got {type(model).__name__}")
+    if any(param.is_meta for param in model.parameters()):
+        raise ValueError("model is on the meta device: it has no weights to retrain")
+    if "lora" in config.groups and not masks(model):
+        raise ValueError("model has no masks, and groups asks for 'lora': prune it first, or leave 'lora' out")
+    check_masks(model)
+    groups = parameter_groups(model)
+    if not any(getattr(groups, group) for group in config.groups):
+        raise ValueError(f"model has nothing to train in groups={tuple(config.groups)}; it has {_present(groups)}")
+    untied = "head" in config.groups and groups.head and is_tied(model, groups.head[0])
+    if untied and (ties := other_ties(model, groups.head[0])):
+        raise ValueError(
+            f"groups asks for 'head', whose weight is the input embedding's, and untying it would untie "
+            f"{', '.join(ties)} too: leave 'head' out"
+        )
+    return groups
+
+
+def _present(groups: ParameterGroups) -> str:
+    return ", ".join(group for group in GROUPS if getattr(groups, group)) or "none of the groups"
+
+
+def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:
+    """The dtype to compute in under autocast, or None for the model's own fp32.
+
+    Raises:
+        ValueError: fp32 asked for a model in another dtype, or a model in fp16.
+    """
+    dtypes = {param.dtype for param in model.parameters()}
+    if torch.float16 in dtypes:
+        raise ValueError("model is in fp16, whose gradients underflow: load it in bf16 or fp32")
+    if torch.bfloat16 in dtypes:
+        if config.dtype == "fp32":
+            raise ValueError("dtype='fp32' needs a model in fp32, this one is in bf16: call model.float() first")
+        return torch.bfloat16
+    if config.dtype == "bf16" or (config.dtype == "auto" and bf16_is_fast(next(model.parameters()).device)):
+        return torch.bfloat16
+    return None
+
+
+def _windows(
+    model: Any, data: Any, validation: Any, config: PERPConfig, tokenizer: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.seq_len > longest:
+        raise ValueError(f"seq_len={config.seq_len} is more than the model's maximum of {longest} positions")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    samples = config.steps * config.batch_size * config.gradient_accumulation
+    cut = {"tokenizer": tokenizer, "seq_len": config.seq_len, "vocab_size": vocabulary}
+    windows = token_windows(data, samples=samples, seed=config.seed, **cut)
+    if len(windows) < config.batch_size:
+        raise ValueError(
+            f"data is shorter than one batch: {len(windows)} windows of seq_len={config.seq_len} tokens, and "
+            f"batch_size={config.batch_size}"
+        )
+    return windows, None if validation is None else token_windows(validation, **cut)
+
+
+def _folder(config: PERPConfig) -> Any:
+    if config.output_dir is not None:
+        return nullcontext(str(config.output_dir))
+    return tempfile.TemporaryDirectory(prefix="trisparse-")  # the Trainer wants one even when it saves nothing

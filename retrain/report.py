@@ -1,0 +1,135 @@
+"""What a retraining did: counts, losses, speed and memory, as a dict, as JSON and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+class PeakMemory:
+    """Context manager: the peak memory in use inside it, in bytes.
+
+    On CUDA the peak of the allocator (exact). Elsewhere the peak resident set of the whole process, sampled
+    every 20 ms, so the model's own weights are included and a shorter peak can be missed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, process.memory_info().rss)
+            if self._done.wait(0.02):
+                return
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._done.set()
+            self._thread.join()
+
+
+@dataclass(frozen=True)
+class RetrainReport:
+    """Outcome of :func:`trisparse.retrain.perp.retrain`.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: tokens trained on, over all steps.
+        seconds: wall time of the training loop alone.
+        trainable: trained parameters per group asked for; 0 where the model has none of that group.
+        total_parameters: parameters of the model before retraining, a shared one counted once.
+        losses: training loss of each step (nats per token, before that step's update).
+        peak_memory_bytes: peak while training; see :class:`PeakMemory`.
+        untied_head: whether the head got a weight of its own, having shared the input embedding's.
+        added_parameters: parameters that the model has more than before (the untied head).
+        not_covered: pruned parameters that no LoRA reaches, with the reason.
+        validation_loss: loss on the validation data before and after, if any was given.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    trainable: dict[str, int]
+    total_parameters: int
+    losses: list[float] = field(repr=False)
+    peak_memory_bytes: int
+    untied_head: bool
+    added_parameters: int
+    not_covered: list[str]
+    validation_loss: tuple[float, float] | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Train tokens per second of training."""
+        return self.tokens / self.seconds
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained parameters over the parameters of the model (as the paper counts it)."""
+        return sum(self.trainable.values()) / self.total_parameters
+
+    @property
+    def first_loss(self) -> float:
+        """Loss of the first step."""
+        return self.losses[0]
+
+    @property
+    def last_loss(self) -> float:
+        """Loss of the last step."""
+        return self.losses[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every attribute and property, as plain Python values."""
+        values = dataclasses.asdict(self)
+        for name in ("tokens_per_second", "trainable_share", "first_loss", "last_loss"):
+            values[name] = getattr(self, name)
+        if self.validation_loss is not None:
+            values["validation_loss"] = list(self.validation_loss)
+        return values
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        table = Table("retraining", "", show_lines=False)
+        table.add_row("steps", f"{self.steps:,} ({self.tokens:,} tokens in {self.seconds:.1f} s)")
+        table.add_row("train tokens/s", f"{self.tokens_per_second:,.0f}")
+        table.add_row("loss", f"{self.first_loss:.4f} -> {self.last_loss:.4f}")
+        if self.validation_loss is not None:
+            table.add_row("validation loss", "{:.4f} -> {:.4f}".format(*self.validation_loss))
+        groups = ", ".join(f"{group} {count:,}" for group, count in self.trainable.items())
+        table.add_row("trained", f"{self.trainable_share:.3%} of {self.total_parameters:,} ({groups})")
+        table.add_row("peak memory", f"{self.peak_memory_bytes / 2**20:,.0f} MiB")
+        if self.untied_head:
+            table.add_row("head", f"untied from the input embedding, +{self.added_parameters:,} parameters")
+        for line in self.not_covered:
+            table.add_row("not covered", line)
+        console = Console(width=110, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get().rstrip()

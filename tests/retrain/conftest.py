@@ -1,0 +1,140 @@
+"""Tiny random models with 2:4 masks on every linear of their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from trisparse.retrain.perp import PERPConfig, RetrainReport, retrain
+from trisparse.sparsity.mask import Mask, attach, masks_sha256
+from trisparse.sparsity.pattern import NM
+
+VOCABULARY = 48
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def prune_24(module: nn.Module) -> None:
+    """Magnitude 2:4 on one linear or Conv1D."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    transposed = isinstance(module, Conv1D)
+    matrix = (weight.t() if transposed else weight).detach().abs()
+    groups = matrix.reshape(-1, 4)
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True)
+    attach(module, "weight", Mask.from_matrix(keep.view_as(matrix), weight.shape, NM(2, 4), transposed=transposed))
+
+
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_LLAMA = {**_SMALL, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 32}
+
+
+def _build(kind: str) -> transformers.PreTrainedModel:
+    """A tiny random model, pruned, in training mode."""
+    configs: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+        "llama": lambda: transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=False),
+        "llama-tied": lambda: transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+        "opt": lambda: transformers.OPTConfig(
+            **_SMALL, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.0
+        ),
+        "gpt2": lambda: transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        ),
+        "qwen3": lambda: transformers.Qwen3Config(**_LLAMA, head_dim=8),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**_LLAMA, head_dim=8, sliding_window=8),
+        "mixtral": lambda: transformers.MixtralConfig(**_LLAMA, num_local_experts=2),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(configs[kind]())
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            prune_24(module)
+    return model.train()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """[8, 16] fixed token ids."""
+    return torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def build() -> Callable[[str], transformers.PreTrainedModel]:
+    """``build(kind)``: a tiny random model, pruned, in training mode."""
+    return _build
+
+
+QUICK = PERPConfig(
+    rank=4, alpha=8, learning_rate=1e-2, steps=3, batch_size=2, gradient_accumulation=1, seq_len=16, dtype="fp32"
+)
+
+
+def _quick(**changes: Any) -> PERPConfig:
+    return PERPConfig(**{**vars(QUICK), **changes})
+
+
+def _run(model: Any, data: Any, **changes: Any) -> RetrainReport:
+    return retrain(model, data, _quick(**changes), progress=False)
+
+
+def _snapshot(model: Any) -> dict[str, Any]:
+    """All that a failed run must leave as it was."""
+    return {
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "parameters": [(name, id(param)) for name, param in model.named_parameters()],
+        "requires_grad": [param.requires_grad for param in model.parameters()],
+        "training": [module.training for module in model.modules()],
+        "config": model.config.to_dict(),
+        "ties": dict(model.all_tied_weights_keys),
+        "masks": masks_sha256(model),
+        "peft": hasattr(model, "peft_config"),
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "forward": "forward" in vars(model),
+        "checkpointing": model.is_activation_checkpointing,
+    }
+
+
+def _assert_same(model: Any, before: dict[str, Any]) -> None:
+    after = _snapshot(model)
+    state, state_before = after.pop("state"), before["state"]
+    assert all(torch.equal(state[name], state_before[name]) for name in state_before | state)
+    assert after == {key: value for key, value in before.items() if key != "state"}
+
+
+@pytest.fixture
+def quick() -> Callable[..., PERPConfig]:
+    """``quick(**changes)``: a config for three steps on ``tokens``."""
+    return _quick
+
+
+@pytest.fixture
+def run() -> Callable[..., RetrainReport]:
+    """``run(model, data, **changes)``: retrain with the quick config."""
+    return _run
+
+
+@pytest.fixture
+def snapshot() -> Callable[[Any], dict[str, Any]]:
+    """``snapshot(model)``: all that a failed run must leave as it was."""
+    return _snapshot
+
+
+@pytest.fixture
+def assert_same() -> Callable[[Any, dict[str, Any]], None]:
+    """``assert_same(model, snapshot)``: nothing has changed since."""
+    return _assert_same
