@@ -63,6 +63,9 @@ def test_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert state()[1] is False
     (tmp_path / "file").write_text("b")
     assert state() == (git("rev-parse", "HEAD"), True)
+    (tmp_path / "site-packages").mkdir()  # installed inside somebody else's checkout
+    monkeypatch.setattr(env, "_ROOT", tmp_path / "site-packages")
+    assert state() == (None, None)
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
