@@ -102,7 +102,8 @@ def test_a_bf16_update_below_half_a_unit_is_not_lost():
 def test_nan_factors_leave_pruned_weights_zero():
     _, weight, left, right, keep, _ = problem()
     left[0, 0] = float("nan")
-    assert (lora._effective(weight, left, right, ~keep, torch.float32)[~keep] == 0).all()
+    zero_ = lora._Zeros(~keep, 4)
+    assert (lora._effective(weight, left, right, zero_, torch.float32)[~keep] == 0).all()
 
 
 def test_saves_neither_the_update_nor_the_effective_weight():
