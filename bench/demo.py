@@ -91,7 +91,7 @@ def run_demo(scale: DemoScale, *, out: Path | None = None, quiet: bool = False) 
         )
         return dense, {"sparsity": report.sparsity, "seconds": report.seconds}
 
-    rows = [{"model": "dense", "perplexity": measure(dense), "sparsity": 0.0, "seconds": 0.0}]
+    rows: list[dict[str, Any]] = [{"model": "dense", "perplexity": measure(dense), "sparsity": 0.0, "seconds": 0.0}]
     texts = {"dense": _generate(dense, tokenizer)}
     for method, sparsity in PRUNED:
         model, figures = pruned(method, sparsity)

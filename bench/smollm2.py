@@ -11,12 +11,13 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from trisparse.sparsity.progress import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ def load_smollm2(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = smollm2_path(cache_dir)
-    with _no_progress_bars():
+    with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -88,7 +89,7 @@ def _package_folder() -> Path:
 def _convert(package: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with _no_progress_bars():
+    with quiet_transformers():
         # transformers' GGUF reader has a bar of its own that its switch does not reach (5.23).
         with redirect_stderr(io.StringIO()):
             quantized = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
@@ -104,16 +105,3 @@ def _convert(package: Path, folder: Path) -> None:
         model.tie_weights()
         model.generation_config = quantized.generation_config
         model.save_pretrained(folder)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

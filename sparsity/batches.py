@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from trisparse.sparsity.capture import Batch
-from trisparse.sparsity.data import token_windows
+from trisparse.sparsity.data import check_ids, token_windows
 
 _MICRO_BATCH_TOKENS = 4096  # enough to fill the cores; one block's activations stay near 100 MB at 7B widths
 _DEFAULT_SEQ_LEN = 2048
@@ -48,7 +48,7 @@ def calibration_batches(
         if not batches:
             raise ValueError("data is empty: it holds no batch")
         for batch in batches:
-            _check_ids(batch, vocab_size)
+            _check(batch, vocab_size)
         return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in (b | extra).items()} for b in batches]
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
@@ -95,11 +95,9 @@ def _accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def _check_ids(batch: Batch, vocab_size: int | None) -> None:
+def _check(batch: Batch, vocab_size: int | None) -> None:
     ids = batch.get("input_ids")
-    if isinstance(ids, Tensor) and ids.numel() and vocab_size is not None:
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"data has token ids from {low} to {high}, but vocab_size={vocab_size}")
+    if isinstance(ids, Tensor) and ids.numel():
+        check_ids(int(ids.min()), int(ids.max()), vocab_size)
     if any(isinstance(v, Tensor) and v.is_floating_point() and not torch.isfinite(v).all() for v in batch.values()):
         raise ValueError("data has NaN or Inf")

@@ -145,12 +145,12 @@ def _run(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], re
 def _replaced_forward(module: nn.Module, index: int, record: Callable[..., Any]) -> Iterator[None]:
     real = module.forward
     had_own = "forward" in module.__dict__
-    module.forward = lambda *args, **kwargs: record(index, real, args, kwargs)  # type: ignore[method-assign]
+    module.forward = lambda *args, **kwargs: record(index, real, args, kwargs)
     try:
         yield
     finally:
         if had_own:
-            module.forward = real  # type: ignore[method-assign]
+            module.forward = real
         else:
             del module.forward
 

@@ -125,6 +125,7 @@ def load(path: str | Path, *, into: nn.Module | None = None, dtype: torch.dtype 
     """
     path = Path(path)
     info = read_info(path)
+    model: nn.Module
     if into is None:
         model = _from_pretrained(path, dtype)
     else:

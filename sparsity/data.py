@@ -65,14 +65,15 @@ def token_windows(
     if longest < seq_len:
         where = "" if sum(map(len, pieces)) == 1 else " in its longest row"
         raise ValueError(f"data is too short: {longest} tokens{where}, and one window needs seq_len={seq_len}")
-    _check_ids(min(int(p.min()) for p in pieces), max(int(p.max()) for p in pieces), vocab_size)
+    check_ids(min(int(p.min()) for p in pieces), max(int(p.max()) for p in pieces), vocab_size)
     windows = torch.cat([p[:, : p.shape[1] // seq_len * seq_len].reshape(-1, seq_len) for p in pieces])
     if seed is not None:
         windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
     return windows[:samples]
 
 
-def _check_ids(lowest: int, highest: int, vocab_size: int | None) -> None:
+def check_ids(lowest: int, highest: int, vocab_size: int | None) -> None:
+    """Raise a ValueError unless the ids from ``lowest`` to ``highest`` are in [0, ``vocab_size``)."""
     if lowest < 0:
         raise ValueError(f"data has the token id {lowest}: ids must not be negative")
     if vocab_size is not None and highest >= vocab_size:

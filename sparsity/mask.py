@@ -109,7 +109,8 @@ def attach(module: nn.Module, param: str, mask: Mask, *, zero: bool = True) -> N
 
 def mask_of(module: nn.Module, param: str = "weight") -> Mask | None:
     """The mask attached to ``module.<param>``, or None."""
-    return module.__dict__.get(_ATTRIBUTE, {}).get(param)
+    attached: dict[str, Mask] = module.__dict__.get(_ATTRIBUTE, {})
+    return attached.get(param)
 
 
 def detach(module: nn.Module) -> None:

@@ -114,7 +114,8 @@ class InputStatistics:
 def _sum_of_squares(rows: Tensor) -> Tensor:
     """Column sums of squares of [tokens, cols] in fp32."""
     if rows.device.type != "cpu":
-        return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square_()
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+        return norm.square_()
     total = torch.zeros(rows.shape[1])
     for chunk in rows.split(_CHUNK):
         total += chunk.float().square().sum(0)

@@ -1,23 +1,50 @@
 """trisparse: prune language models and conv nets, measure, retrain cheaply, save.
 
-report = trisparse.sparsify(model, "2:4", data=texts, tokenizer=tokenizer)
-trisparse.retrain(model, texts, tokenizer=tokenizer)
-trisparse.save(model, "pruned")
+    report = trisparse.sparsify(model, "2:4", data=texts, tokenizer=tokenizer)
+    trisparse.retrain(model, texts, tokenizer=tokenizer)
+    trisparse.save(model, "pruned")
+
+Names are imported when they are first used, so that ``import trisparse`` and the command line start at once.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from trisparse.retrain.perp import PERPConfig, retrain
-from trisparse.retrain.report import RetrainReport
-from trisparse.sparsity.calibration import BlocksNotChainedError
-from trisparse.sparsity.checkpoint import CheckpointError, load, save
-from trisparse.sparsity.mask import Mask, MaskError, check_masks, masks
-from trisparse.sparsity.pattern import NM, Pattern, Rows, Unstructured
-from trisparse.sparsity.perplexity import perplexity
-from trisparse.sparsity.report import SparsityReport
-from trisparse.sparsity.sparsify import sparsify
+if TYPE_CHECKING:
+    from trisparse.retrain.loop import RetrainError
+    from trisparse.retrain.perp import PERPConfig, retrain
+    from trisparse.retrain.report import RetrainReport
+    from trisparse.sparsity.capture import BlocksNotChainedError
+    from trisparse.sparsity.checkpoint import CheckpointError, load, save
+    from trisparse.sparsity.mask import Mask, MaskError, check_masks, masks
+    from trisparse.sparsity.pattern import NM, Pattern, Rows, Unstructured
+    from trisparse.sparsity.perplexity import perplexity
+    from trisparse.sparsity.report import SparsityReport
+    from trisparse.sparsity.sparsify import sparsify
 
 __version__ = version("trisparse")
+
+_HOME = {
+    "NM": "sparsity.pattern",
+    "BlocksNotChainedError": "sparsity.capture",
+    "CheckpointError": "sparsity.checkpoint",
+    "Mask": "sparsity.mask",
+    "MaskError": "sparsity.mask",
+    "PERPConfig": "retrain.perp",
+    "Pattern": "sparsity.pattern",
+    "RetrainError": "retrain.loop",
+    "RetrainReport": "retrain.report",
+    "Rows": "sparsity.pattern",
+    "SparsityReport": "sparsity.report",
+    "Unstructured": "sparsity.pattern",
+    "check_masks": "sparsity.mask",
+    "load": "sparsity.checkpoint",
+    "masks": "sparsity.mask",
+    "perplexity": "sparsity.perplexity",
+    "save": "sparsity.checkpoint",
+    "sparsify": "sparsity.sparsify",
+}
 
 __all__ = [
     "NM",
@@ -27,6 +54,7 @@ __all__ = [
     "MaskError",
     "PERPConfig",
     "Pattern",
+    "RetrainError",
     "RetrainReport",
     "Rows",
     "SparsityReport",
@@ -39,3 +67,11 @@ __all__ = [
     "save",
     "sparsify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "retrain":  # the package itself, which is callable
+        return import_module("trisparse.retrain")
+    if name in _HOME:
+        return getattr(import_module(f"trisparse.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'trisparse' has no attribute {name!r}")

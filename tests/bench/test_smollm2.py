@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.utils import logging
 
 from trisparse.bench import smollm2
 from trisparse.sparsity.data import pydoc_text, token_windows
@@ -114,18 +113,6 @@ def test_a_cache_that_cannot_be_written_is_an_error(
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError, match="disk full"):
         smollm2.smollm2_path(tmp_path / "cache")
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_progress_bars_are_put_back(shown: bool) -> None:
-    before = logging.is_progress_bar_enabled()
-    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
-    try:
-        with smollm2._no_progress_bars():
-            assert not logging.is_progress_bar_enabled()
-        assert logging.is_progress_bar_enabled() is shown
-    finally:
-        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
 @pytest.fixture(scope="module")

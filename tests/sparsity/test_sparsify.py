@@ -208,7 +208,7 @@ def test_bf16_compute_is_close_to_fp32(model_named, tokens):
         ({"data": torch.zeros(5, dtype=torch.long)}, "too short"),
         ({"data": torch.rand(8, 16)}, "data"),
         ({"data": torch.full((2, 16), 96)}, "vocab_size=96"),
-        ({"data": [{"input_ids": torch.full((2, 16), -1)}]}, "vocab_size=96"),
+        ({"data": [{"input_ids": torch.full((2, 16), -1)}]}, "must not be negative"),
         ({"data": [{"inputs_embeds": torch.full((1, 4, 32), float("nan"))}]}, "NaN"),
         ({"data": [object()]}, "data"),
         ({"data": torch.zeros(2, 16, dtype=torch.long), "samples": 0}, "samples must be at least 1"),

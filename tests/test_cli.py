@@ -1,0 +1,136 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from trisparse import cli
+from trisparse.sparsity.checkpoint import load
+from trisparse.sparsity.mask import masks
+
+WORDS = ["the", "list", "of", "a", "dict", "is", "in", "python", "and", "or", "not"]
+TEXT = " ".join(WORDS[i * i % len(WORDS)] for i in range(4000))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A tiny Llama and a tokenizer of eleven words, saved as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, vocab_size=16, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def invoke(*args):
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def pruned(dense, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "pruned"
+    invoke("prune", dense, "--sparsity", "2:4", "--data", text, "--samples", 8, "--seq-len", 32, "--out", folder)
+    return folder
+
+
+def test_prune_writes_a_model_that_loads_with_its_masks(pruned):
+    found = masks(load(pruned))
+    assert len(found) == 14
+    assert {str(mask.pattern) for mask in found.values()} == {"2:4"}
+    assert {mask.sparsity for mask in found.values()} == {0.5}
+    assert (pruned / "tokenizer.json").is_file()
+
+
+def test_prune_prints_json(dense, tmp_path):
+    out = json.loads(invoke("prune", dense, "--sparsity", "50% layer", "--out", tmp_path / "p", "--json"))
+    assert (out["method"], out["pattern"], out["sparsity"]) == ("magnitude", "50% layer", 0.5)
+    assert out["out"] == str(tmp_path / "p")
+
+
+def test_retrain_learns_keeps_zeros_and_the_recipe(pruned, text, tmp_path):
+    options = ["--steps", 6, "--seq-len", 32, "--learning-rate", 1e-2, "--rank", 2, "--batch-size", 4]
+    out = json.loads(invoke("retrain", pruned, "--data", text, "--out", tmp_path / "r", "--json", *options))
+    assert out["last_loss"] < out["first_loss"]
+    model = load(tmp_path / "r")
+    assert all((model.get_parameter(name)[~mask.dense()] == 0).all() for name, mask in masks(model).items())
+    shown = json.loads(invoke("inspect", tmp_path / "r", "--json"))
+    assert [step["step"] for step in shown["recipe"]] == ["prune", "retrain"]
+    assert shown["recipe"][1]["rank"] == 2
+
+
+def test_eval_measures_any_model(dense, pruned, text):
+    for model in (dense, pruned):
+        out = json.loads(invoke("eval", model, "--data", text, "--seq-len", 32, "--max-tokens", 320, "--json"))
+        assert 5 < out["perplexity"] < 40  # 16 tokens, untrained
+    assert invoke("eval", dense, "--data", text, "--seq-len", 32).startswith("perplexity ")
+
+
+def test_inspect_shows_and_checks(pruned):
+    shown = invoke("inspect", pruned)
+    assert "model.layers.*.self_attn.q_proj.weight (2)" in shown
+    assert "masks verified, sha256" in shown
+    assert "step prune" in shown
+
+
+def test_env_lists_what_a_bug_report_needs():
+    assert json.loads(invoke("env", "--json"))["packages"]["torch"] == torch.__version__
+    assert "torch" in invoke("env")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["prune", "DENSE", "--out", "NEW", "--sparsity", "4:2"], "n of an n:m pattern"),
+        (["prune", "DENSE", "--out", "DENSE"], "exists and is not a trisparse checkpoint"),
+        (["prune", "DENSE", "--out", "NEW", "--data", "missing.txt"], "no such file"),
+        (["prune", "DENSE", "--out", "NEW", "--method", "wanda"], "pass data"),
+        (["retrain", "DENSE", "--data", "TEXT", "--out", "NEW"], "not a trisparse checkpoint"),
+        (["retrain", "PRUNED", "--data", "TEXT", "--out", "NEW", "--groups", "lora,heads"], "groups must be"),
+        (["inspect", "DENSE"], "not a trisparse checkpoint"),
+        (["eval", "DENSE", "--data", "TEXT", "--seq-len", "65"], "seq_len must be at most 64"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(dense, pruned, text, tmp_path, args, message, monkeypatch, capsys):
+    names = {"DENSE": dense, "PRUNED": pruned, "TEXT": text, "NEW": tmp_path / "new"}
+    monkeypatch.setattr(sys, "argv", ["trisparse", *(str(names.get(arg, arg)) for arg in args)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.startswith("error: ")
+    assert "Traceback" not in shown.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def broken():
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        cli.main()
+
+
+def test_help_answers_without_loading_torch():
+    code = "import sys, trisparse.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
