@@ -145,11 +145,14 @@ def test_wrong_inputs_are_refused_before_anything_changes(
     assert_same(model, before)
 
 
-def test_other_wrong_models(build, tokens, run):
+def test_other_wrong_models(build, tokens, run, snapshot, assert_same):
     model = build("llama")
     model.model.layers[0].mlp.up_proj.weight.data.fill_(1)
-    with pytest.raises(MaskError, match="up_proj"):
-        run(model, tokens)
+    before = snapshot(model)
+    for groups in (("lora",), ("norms",)):
+        with pytest.raises(MaskError, match="up_proj"):
+            run(model, tokens, groups=groups)
+        assert_same(model, before)
     peft = get_peft_model(build("llama"), mask_lora_modules(LoraConfig(target_modules=["up_proj"])))
     for wrapped in (peft, peft.base_model.model):
         with pytest.raises(ValueError, match="PEFT already"):
