@@ -57,12 +57,13 @@ def walk(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), experts_one_by_one(model):
+        with experts_one_by_one(model):
             yield from _walk(model, targets, batches, propagate, dtype, on_use)
     finally:
         model.train(was_training)
 
 
+@torch.no_grad()  # as a decorator, it is off while the caller has its turn
 def _walk(
     model: nn.Module,
     targets: Targets,

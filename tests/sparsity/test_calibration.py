@@ -198,6 +198,15 @@ def test_model_is_left_as_it_was(model_named, tokens):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_gradients_stay_on_for_the_caller(model_named, tokens):
+    model = model_named("llama")
+    for group, _ in walk(model, find_targets(model), calibration_batches(model, [{"input_ids": tokens}])):
+        assert torch.is_grad_enabled()
+        break  # left in the middle
+    assert torch.is_grad_enabled()
+    assert all(target.weight.requires_grad for target in group)
+
+
 def test_micro_batches_do_not_change_the_statistics(model_named, tokens):
     found = []
     for size in (8, 2):
