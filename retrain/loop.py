@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from trisparse.sparsity.progress import progress_bar
 
 if TYPE_CHECKING:
     from trisparse.retrain.perp import PERPConfig
@@ -57,26 +57,17 @@ class Watch(TrainerCallback):
     def __init__(self, steps: int, *, progress: bool) -> None:
         self.losses: list[float] = []
         self.seconds = 0.0
-        self._bar = Progress(
-            TextColumn("retraining"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not progress,
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=steps, loss="...")
+        self._total = steps
+        self._progress = progress
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Watch:
-        self._bar.start()
+        bar = progress_bar("retraining", self._total, enabled=self._progress)
+        self._advance = self._open.enter_context(bar)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        self._open.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -102,7 +93,7 @@ class Watch(TrainerCallback):
                     f"the model is as it was before; a learning_rate below {args.learning_rate:g} may help"
                 )
         self.losses.append(logs["loss"])
-        self._bar.update(self._task, completed=state.global_step, loss=f"{logs['loss']:.4f}")
+        self._advance(1, f"loss {logs['loss']:.4f}")
 
 
 class _Trainer(Trainer):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging
 
-Advance = Callable[[float], None]
+
+class Advance(Protocol):
+    """Moves a progress bar on; ``note`` replaces the text behind the bar."""
+
+    def __call__(self, steps: float, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Advance]:
-    """Show a bar on stderr, if that is a terminal, while open; yields ``advance(steps)``. It vanishes at the end."""
+    """Show a bar on stderr, if that is a terminal, while open; it vanishes at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -26,8 +32,8 @@ def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Ad
     console = Console(stderr=True)
     shown = enabled and console.is_terminal
     with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda steps: progress.advance(task, steps)
+        task = progress.add_task(label, total=total, note="")
+        yield lambda steps, note="": progress.update(task, advance=steps, note=note)
 
 
 @contextmanager
