@@ -41,7 +41,7 @@ FULL = DemoScale(
     seq_len=512,
     calibration=32,
     test=16,
-    retrain=PERPConfig(steps=30, batch_size=2, gradient_accumulation=2, seq_len=512, learning_rate=1e-3),
+    retrain=PERPConfig(steps=60, batch_size=2, gradient_accumulation=1, seq_len=512, learning_rate=1e-3),
 )
 QUICK = DemoScale(
     seq_len=256,
