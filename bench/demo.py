@@ -124,7 +124,7 @@ def run_demo(scale: DemoScale, *, out: Path | None = None, quiet: bool = False) 
         f"saved, loaded with from_pretrained: perplexity {again:.4f}, {'the same' if same else 'NOT the same'}"
     )
     for name, text in (*texts.items(), ("loaded back", sentence)):
-        console.print(f"  {name + ':':22} {text}", markup=False)
+        console.print(f"  {name + ':':22} {text}", markup=False, soft_wrap=True)
     seconds = time.perf_counter() - start
     console.print(f"{seconds:.0f} s in all" + (f"; the model is in {out}" if out else ""))
     return {
