@@ -14,6 +14,16 @@ _COLS = 1024  # columns of a program: 8 a thread, so that a thread has whole byt
 
 
 @triton.jit
+def merge_bits(word, G: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Neighbouring words of BITS bits put together, the first lowest, until they have WIDTH bits."""
+    if BITS >= WIDTH:
+        return word
+    else:
+        low, high = tl.split(tl.reshape(word, [G // 2, 2]))
+        return merge_bits(low | (high << BITS), G // 2, BITS * 2, WIDTH)
+
+
+@triton.jit
 def pack_kernel(mask_ptr, packed_ptr, cols, stride_m, BLOCK: tl.constexpr):
     """mask [rows, cols] bytes, rows stride_m apart -> packed [rows, ceil(cols / 8)]."""
     blocks = tl.cdiv(cols, BLOCK)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trisparse.kernels.bitmask_triton import merge_bits
 from trisparse.kernels.launch import launch
 
 SPLIT, STRIDED, ALONG_OUT = 0, 1, 2
@@ -135,16 +136,6 @@ def _words(keep, M: tl.constexpr):
 
 
 @triton.jit
-def _merge(word, G: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
-    """Neighbouring words of BITS bits put together, the first lowest, until they have WIDTH bits."""
-    if BITS >= WIDTH:
-        return word
-    else:
-        low, high = tl.split(tl.reshape(word, [G // 2, 2]))
-        return _merge(low | (high << BITS), G // 2, BITS * 2, WIDTH)
-
-
-@triton.jit
 def select_nm_kernel(
     w_ptr,  # [rows, cols], rows stride_w apart; zeroed in place if ZERO
     x_ptr,  # [cols] fp32 if HAS_X
@@ -219,14 +210,14 @@ def select_nm_kernel(
             if MODE == 2:
                 b = tl.arange(0, GROUPS // 8)
                 for j in tl.static_range(M):
-                    byte = _merge(keep[j].to(tl.int32), GROUPS, 1, 8)
+                    byte = merge_bits(keep[j].to(tl.int32), GROUPS, 1, 8)
                     at = packed_ptr + (row + j) * row_bytes + col // 8 + b
                     inside = tl.where(row < rows, row_bytes - col // 8, 0)
                     tl.store(at, byte.to(tl.uint8), mask=b < inside)
             else:
                 # A group beyond the last has zero weights, of which N are "kept": clear its bits.
                 g = tl.arange(0, GROUPS)
-                word = _merge(tl.where(g * M < left, _words(keep, M), 0), GROUPS, M, 8)
+                word = merge_bits(tl.where(g * M < left, _words(keep, M), 0), GROUPS, M, 8)
                 b = tl.arange(0, GROUPS * M // BITS)
                 # Rows begin at multiples of the word: cols is a multiple of M.
                 at = (packed_ptr + row * row_bytes + col // 8).to(tl.pointer_type(kind))
@@ -240,7 +231,7 @@ def select_nm_kernel(
             values = tl.reshape(tl.join(v0, v1), [GROUPS * 2])
             tl.store(values_ptr + row * (cols // 2) + col // 2 + v, values, mask=v * 2 < left)
             b = tl.arange(0, GROUPS // 4)
-            word = _merge(i0 | (i1 << 2), GROUPS, 4, 16)
+            word = merge_bits(i0 | (i1 << 2), GROUPS, 4, 16)
             tl.store(meta_ptr + row * (cols // 16) + col // 16 + b, word.to(tl.int16), mask=b * 16 < left)
     if tl.max(bad, 0) != 0:
         tl.store(nan_ptr, 1)
