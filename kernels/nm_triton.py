@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
 # ruff: noqa: E741, RUF005, SIM108 (the forms that Triton compiles)
 """Triton kernels of N:M selection; the operation, its reference and its formats are in kernels/nm.py.
 

@@ -1,16 +1,18 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
 # ruff: noqa: RUF005, SIM108 (the forms that Triton compiles)
 """Triton kernel of row selection; the operation and its reference are in kernels/select.py.
 
-One program holds the scores of one row in registers, as CHUNKS tensors of CHUNK columns (so that a width such as
-11008 is padded to 11264 and not to 16384), and looks for a threshold t with count(score >= t) = k. It keeps a bracket
+One program holds the scores of one row in registers, as CHUNKS tensors of CHUNK columns (so that a width
+such as 11008 is padded to 11264 and not to 16384), and looks for a threshold t with count(score >= t) = k.
+It keeps a bracket
 
     count(score >= lo) >= k > count(score >= hi)
 
-The first guesses come from the row's mean, as if its weights were normal; the next interpolate the counts; after
-eight, every third halves the bracket in the order-preserving integer keys of fp32, so that the search always
-ends: when count(score >= lo) = k, or when no float lies between lo and hi, and then all that are left are ties at
-lo, of which the first columns are kept. About seven counts do for rows of 4096 (docs/kernels.md).
+The first guesses come from the row's mean, as if its weights were normal; the next interpolate the counts;
+after eight, every third halves the bracket in the order-preserving integer keys of fp32, so that the search
+always ends: when count(score >= lo) = k, or when no float lies between lo and hi, and then all that are left
+are ties at lo, of which the first columns are kept. About seven counts do for rows of 4096
+(docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -119,6 +121,7 @@ def _emit(
 def select_rows_kernel(
     w_ptr,  # [rows, cols], rows stride_w apart; zeroed in place if ZERO
     x_ptr,  # [cols] fp32 if HAS_X
+    least_ptr,  # [1] fp32 if HAS_X: the least of x; when it is not negative, nor is any |W| * X
     mask_ptr,  # [rows, cols] bytes 0 and 1 if MASK
     packed_ptr,  # [rows, ceil(cols / 8)] bits if PACKED
     nan_ptr,  # [1] int32, set when a score is a NaN
@@ -130,7 +133,6 @@ def select_rows_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     HELD: tl.constexpr,
-    RELOAD: tl.constexpr,
     SHIFT: tl.constexpr,
     LOWEST: tl.constexpr,
     HAS_X: tl.constexpr,
@@ -147,10 +149,10 @@ def select_rows_kernel(
     i = tl.arange(0, CHUNK)
     # The greatest score (NaN if any is) and the mean.
     if HELD:
-        w, s = (), ()
+        s = ()
         for c in tl.static_range(CHUNKS):
-            w_c, s_c = _score(w_ptr, x_ptr, c * CHUNK + i, cols, HAS_X, ABSOLUTE, c < CHUNKS - 1)
-            w, s = w + (w_c,), s + (s_c,)
+            _, s_c = _score(w_ptr, x_ptr, c * CHUNK + i, cols, HAS_X, ABSOLUTE, c < CHUNKS - 1)
+            s = s + (s_c,)
         greatest, total = s[0], s[0]
         if CHUNKS == 1:
             greatest = tl.where(i < cols, greatest, float("-inf"))
@@ -174,6 +176,8 @@ def select_rows_kernel(
     if top != top:
         tl.store(nan_ptr, 1)
     low = LOWEST
+    if HAS_X and ABSOLUTE:
+        low = tl.where(tl.load(least_ptr) >= 0, 0, LOWEST)
     high = (_key(top) >> SHIFT) + 1  # beyond +Inf this is a NaN, which nothing reaches
     n_low, n_high = cols, 0
     if k == 0:
@@ -224,10 +228,9 @@ def select_rows_kernel(
                 cut = tl.maximum(cut, found)
     if HELD:
         for c in tl.static_range(CHUNKS):
-            if RELOAD:
-                w_c, _ = _score(w_ptr, x_ptr, c * CHUNK + i, cols, False, False, c < CHUNKS - 1)
-            else:
-                w_c = w[c]
+            # The weights are read again, from the cache: kept, they would take half as many registers as the
+            # scores.
+            w_c, _ = _score(w_ptr, x_ptr, c * CHUNK + i, cols, False, False, c < CHUNKS - 1)
             _emit(w_ptr, mask_ptr, packed_ptr, w_c, s[c], c * CHUNK + i, cols, t_low, t_high, cut,
                   c < CHUNKS - 1, CHUNK, ZERO, MASK, PACKED)  # fmt: skip
     else:
@@ -238,18 +241,19 @@ def select_rows_kernel(
 
 
 def config(cols: int) -> dict[str, Any]:
-    """CHUNK, CHUNKS, HELD and num_warps for a width.
+    """CHUNK, CHUNKS, HELD, num_warps and maxnreg for a width.
 
-    A thread loads 8 columns of a chunk at a time, 16 bytes of bf16. Few warps make few cross-warp reductions, which
-    are the cost of a count beside the comparisons; more than 11 chunks, 88 scores a thread, would leave too few
-    warps on an SM to hide the loads.
+    A thread loads 8 columns of a chunk at a time, 16 bytes of bf16. Few warps make few cross-warp
+    reductions, which are the cost of a count beside the comparisons; but 8 chunks, 64 scores a thread, are
+    the most that 128 registers take without a spill, and 128 let 16 warps live on an SM to hide the loads.
     """
     if cols > MAX_HELD:
-        return {"CHUNK": 4096, "CHUNKS": triton.cdiv(cols, 4096), "HELD": False, "num_warps": 16}
+        return {"CHUNK": 4096, "CHUNKS": triton.cdiv(cols, 4096), "HELD": False, "num_warps": 16, "maxnreg": 128}
     warps = 1
-    while triton.cdiv(cols, 256 * warps) > 11:
+    while triton.cdiv(cols, 256 * warps) > 8:
         warps *= 2
-    return {"CHUNK": 256 * warps, "CHUNKS": max(1, triton.cdiv(cols, 256 * warps)), "HELD": True, "num_warps": warps}
+    chunks = max(1, triton.cdiv(cols, 256 * warps))
+    return {"CHUNK": 256 * warps, "CHUNKS": chunks, "HELD": True, "num_warps": warps, "maxnreg": 128}
 
 
 def select_rows_triton(
@@ -258,27 +262,26 @@ def select_rows_triton(
     *,
     x: Tensor | None,
     absolute: bool,
-    nonnegative: bool,
     zero: bool,
     outputs: dict[str, Tensor],
     nan: Tensor,
 ) -> None:
-    """Launch the kernel on checked arguments; ``outputs`` may hold mask and packed.
-
-    ``nonnegative`` says that no score is negative, which starts the bracket at 0.
-    """
+    """Launch the kernel on checked arguments; ``outputs`` may hold mask and packed."""
     rows, cols = weight.shape
+    if not rows * cols:
+        return
     # Without x, the scores of a 16-bit weight lie on its own grid, whose keys are shorter by SHIFT bits.
     shift = 0 if x is not None else {torch.bfloat16: 16, torch.float16: 13}.get(weight.dtype, 0)
-    lowest = 0 if nonnegative else (0x7F800000 ^ -1) >> shift  # the key of -Inf
+    lowest = 0 if absolute and x is None else (0x7F800000 ^ -1) >> shift  # the key of -Inf
     normal = statistics.NormalDist()
     share = min(max(k / max(cols, 1), 1e-6), 1 - 1e-6)
     z, mean = normal.inv_cdf(1 - share / 2), (2 / torch.pi) ** 0.5
     launch(
         select_rows_kernel,
-        (rows if cols else 0,),
+        (rows,),
         weight,
         nan if x is None else x.to(torch.float32),
+        nan if x is None else x.amin().to(torch.float32).reshape(1),
         outputs["mask"].view(torch.uint8) if "mask" in outputs else nan,
         outputs.get("packed", nan),
         nan,
@@ -287,7 +290,6 @@ def select_rows_triton(
         z / mean,
         1 / (2 * normal.pdf(z) * mean),
         weight.stride(0),
-        RELOAD=weight.dtype == torch.float32,
         SHIFT=shift,
         LOWEST=lowest,
         HAS_X=x is not None,
