@@ -31,7 +31,10 @@ class Resources:
     """What one compiled kernel needs.
 
     Attributes:
-        spill_bytes: local memory per thread: spills, and arrays that are not held in registers.
+        spill_bytes: local memory per thread, for spills and for arrays that are not held in registers; 0
+        when no
+            instruction touches it, since the assembler for sm_89 and later may reserve a frame that it never
+            uses.
         shared_bytes: shared memory per CTA.
         load_bytes: the widest global load of one thread, in bytes.
     """
@@ -89,7 +92,7 @@ class Compiler:
                 cc=self.cc,
                 num_warps=options["num_warps"],
                 registers=usage["REG"],
-                spill_bytes=usage["STACK"] + usage["LOCAL"],
+                spill_bytes=usage["STACK"] + usage["LOCAL"] if usage["local accesses"] else 0,
                 shared_bytes=binary.metadata.shared,
                 load_bytes=_widest_load(binary.asm["ptx"]),
             )
@@ -152,14 +155,22 @@ def _cuobjdump() -> str:
     return found
 
 
+@cache
 def _usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED and LOCAL of the only function of a cubin."""
+    """REG, STACK, SHARED, LOCAL, and the local loads and stores, of the only function of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        text = _dump("--dump-resource-usage", file.name)
+        usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        accesses = 0
+        if usage["STACK"] + usage["LOCAL"]:
+            accesses = len(re.findall(r"\b(?:STL|LDL)\b", _dump("--dump-sass", file.name)))
+    return {**usage, "local accesses": accesses}
+
+
+def _dump(what: str, path: str) -> str:
+    return subprocess.run([_cuobjdump(), what, path], capture_output=True, text=True, check=True).stdout
 
 
 def _widest_load(ptx: str) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Grid = tuple[int, ...]
@@ -80,6 +81,14 @@ def by_kernel(tensor: Tensor) -> bool:
     return tensor.is_cuda or _runner.get() is not device
 
 
+def target(tensor: Tensor) -> int:
+    """The compute capability that a launch on ``tensor`` compiles for, as 80; configurations depend on it."""
+    if _runner.get() is device and tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return 10 * major + minor
+    return int(getattr(_runner.get(), "cc", 80))
+
+
 def ptxsim() -> ModuleType:
     """The PTX emulator: installed, in the folder TRISPARSE_PTXSIM, or in `../shared` beside the checkout.
 
@@ -90,7 +99,11 @@ def ptxsim() -> ModuleType:
     for place in places:
         if place and Path(place, "ptxsim").is_dir() and place not in sys.path:
             sys.path.append(place)
-    return importlib.import_module("ptxsim")
+    try:
+        return importlib.import_module("ptxsim")
+    except ImportError as error:
+        message = f"ptxsim is neither installed nor in {places[1]} nor in the folder that TRISPARSE_PTXSIM names"
+        raise ImportError(message) from error
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trisparse.kernels.bitmask_triton import merge_bits
 from trisparse.kernels.launch import launch
+from trisparse.kernels.score_triton import max_or_nan, widen
 
 SPLIT, STRIDED, ALONG_OUT = 0, 1, 2
 
@@ -184,7 +185,7 @@ def select_nm_kernel(
         w = _planes(w_ptr, row * stride_w + col, left, GROUPS, M, MODE, stride_w)
         s = ()
         for j in tl.static_range(M):
-            v = w[j].to(tl.float32)
+            v = widen(w[j])
             if ABSOLUTE:
                 v = tl.abs(v)
             if HAS_X:
@@ -192,7 +193,7 @@ def select_nm_kernel(
             s = s + (v,)
         most = s[0]
         for j in tl.static_range(1, M):
-            most = tl.maximum(most, s[j], propagate_nan=tl.PropagateNan.ALL)
+            most = max_or_nan(most, s[j])
         bad |= (most != most).to(tl.int32)
         if M <= 8:
             keep = _keep_by_rank(s, N, M)
@@ -210,7 +211,7 @@ def select_nm_kernel(
             if MODE == 2:
                 b = tl.arange(0, GROUPS // 8)
                 for j in tl.static_range(M):
-                    byte = merge_bits(keep[j].to(tl.int32), GROUPS, 1, 8)
+                    byte = merge_bits((keep[j] & (tl.arange(0, GROUPS) < left)).to(tl.int32), GROUPS, 1, 8)
                     at = packed_ptr + (row + j) * row_bytes + col // 8 + b
                     inside = tl.where(row < rows, row_bytes - col // 8, 0)
                     tl.store(at, byte.to(tl.uint8), mask=b < inside)

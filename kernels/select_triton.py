@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trisparse.kernels.bitmask_triton import merge_bits
-from trisparse.kernels.launch import launch
+from trisparse.kernels.launch import launch, target
+from trisparse.kernels.score_triton import max_or_nan, widen
 
 MAX_HELD = 32768  # columns whose scores fit the registers of one program; wider rows are read again for each count
 
@@ -47,18 +48,13 @@ def _value(key, SHIFT: tl.constexpr, LOWEST: tl.constexpr):
 
 
 @triton.jit
-def _max_or_nan(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _score(w_ptr, x_ptr, i, cols, HAS_X: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr):
     """(weights, scores) of the columns i; EXACT: all of them exist."""
     if EXACT:
         w = tl.load(w_ptr + i)
     else:
         w = tl.load(w_ptr + i, mask=i < cols, other=0.0)
-    s = w.to(tl.float32)
+    s = widen(w)
     if ABSOLUTE:
         s = tl.abs(s)
     if HAS_X:
@@ -159,9 +155,9 @@ def select_rows_kernel(
         for c in tl.static_range(1, CHUNKS):
             total += s[c]
             if c < CHUNKS - 1:
-                greatest = _max_or_nan(greatest, s[c])
+                greatest = max_or_nan(greatest, s[c])
             else:
-                greatest = _max_or_nan(greatest, tl.where(c * CHUNK + i < cols, s[c], float("-inf")))
+                greatest = max_or_nan(greatest, tl.where(c * CHUNK + i < cols, s[c], float("-inf")))
         last = tl.where((CHUNKS - 1) * CHUNK + i < cols, s[CHUNKS - 1], float("nan"))
         s = s[: CHUNKS - 1] + (last,)
     else:
@@ -170,8 +166,8 @@ def select_rows_kernel(
         for start in range(0, cols, CHUNK):
             _, s_c = _score(w_ptr, x_ptr, start + i, cols, HAS_X, ABSOLUTE, False)
             total += s_c
-            greatest = _max_or_nan(greatest, tl.where(start + i < cols, s_c, float("-inf")))
-    top = tl.reduce(greatest, 0, _max_or_nan)
+            greatest = max_or_nan(greatest, tl.where(start + i < cols, s_c, float("-inf")))
+    top = tl.reduce(greatest, 0, max_or_nan) + 0.0  # -0 becomes +0, so that no score reaches the key after it
     mean = tl.sum(total, 0) / cols
     if top != top:
         tl.store(nan_ptr, 1)
@@ -240,20 +236,25 @@ def select_rows_kernel(
                   False, CHUNK, ZERO, MASK, PACKED)  # fmt: skip
 
 
-def config(cols: int) -> dict[str, Any]:
-    """CHUNK, CHUNKS, HELD, num_warps and maxnreg for a width.
+def config(cols: int, dtype: torch.dtype, cc: int) -> dict[str, Any]:
+    """CHUNK, CHUNKS, HELD, num_warps and maxnreg for a width, a dtype and a compute capability.
 
     A thread loads 8 columns of a chunk at a time, 16 bytes of bf16. Few warps make few cross-warp
     reductions, which are the cost of a count beside the comparisons; but 8 chunks, 64 scores a thread, are
-    the most that 128 registers take without a spill, and 128 let 16 warps live on an SM to hide the loads.
+    the most that 128 registers (fp32: 168) take without a spill, and 128 let 16 warps live on an SM to hide
+    the loads. The code for sm_100 needs some 200; there the assembler chooses.
     """
+    registers = 168 if dtype == torch.float32 else 128
     if cols > MAX_HELD:
-        return {"CHUNK": 4096, "CHUNKS": triton.cdiv(cols, 4096), "HELD": False, "num_warps": 16, "maxnreg": 128}
+        chunks = triton.cdiv(cols, 4096)
+        return {"CHUNK": 4096, "CHUNKS": chunks, "HELD": False, "num_warps": 16}
     warps = 1
     while triton.cdiv(cols, 256 * warps) > 8:
         warps *= 2
     chunks = max(1, triton.cdiv(cols, 256 * warps))
-    return {"CHUNK": 256 * warps, "CHUNKS": chunks, "HELD": True, "num_warps": warps, "maxnreg": 128}
+    shape = {"CHUNK": 256 * warps, "CHUNKS": chunks, "HELD": True, "num_warps": warps}
+    # 16 warps leave 128 registers each in any case.
+    return shape if cc >= 100 or warps > 8 else {**shape, "maxnreg": registers}
 
 
 def select_rows_triton(
@@ -297,5 +298,5 @@ def select_rows_triton(
         ZERO=zero,
         MASK="mask" in outputs,
         PACKED="packed" in outputs,
-        **config(cols),
+        **config(cols, weight.dtype, target(weight)),
     )

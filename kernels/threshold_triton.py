@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trisparse.kernels.launch import launch
 from trisparse.kernels.score import nan_error, score_ref
+from trisparse.kernels.score_triton import widen
 
 _SAMPLES = 1 << 16
 _MARGIN = 5 * (1 << 7)  # five standard deviations of the k-th score's place in the sample
@@ -33,7 +34,7 @@ def _tile(w_ptr, x_ptr, rows, cols, stride_w, HAS_X: tl.constexpr, ABSOLUTE: tl.
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     i = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.load(w_ptr + row * stride_w + i, mask=i < cols, other=0.0).to(tl.float32)
+    s = widen(tl.load(w_ptr + row * stride_w + i, mask=i < cols, other=0.0))
     if ABSOLUTE:
         s = tl.abs(s)
     if HAS_X:
