@@ -36,7 +36,6 @@ from trisparse.kernels.threshold import select_global
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 SLOTS_PER_US = 4 * 108 * 1410.0
 DRAM_BYTES_PER_US = 2039e3
-_ROWS = 16  # emulated; every row does the same work but for its data
 _FREE = {"mov", "ld.param"}  # no machine instruction of their own, as a rule
 
 Operation = Callable[[Tensor, Tensor], Any]
@@ -44,11 +43,15 @@ Operation = Callable[[Tensor, Tensor], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on (weight, x), the bytes that it writes per weight, and whether it reads x."""
+    """An operation on (weight, x), the bytes that it writes per weight, and whether it reads x.
+
+    ``emulated`` rows run, and are scaled to the whole: every row does the same work but for its data.
+    """
 
     run: Operation
     written: float
     reads_x: bool = True
+    emulated: int = 16
 
 
 def cases() -> dict[str, Case]:
@@ -62,7 +65,7 @@ def cases() -> dict[str, Case]:
         "rows 50%, |W| (ties), in place + packed": Case(
             lambda w, _: select_rows(w, w.shape[1] // 2, out="packed", apply=True), 2.125, False
         ),
-        "layer 50%, |W|, mask": Case(lambda w, _: select_global([w], w.numel() // 2)[0], 1.0, False),
+        "layer 50%, |W|, mask": Case(lambda w, _: select_global([w], w.numel() // 2)[0], 1.0, False, 96),
         "2:4, |W|*X, compressed": Case(lambda w, x: select_nm(w, 2, 4, x=x, out="compressed"), 1.125),
     }
     for n, m in ((2, 4), (4, 8), (8, 16), (16, 32)):
@@ -80,13 +83,13 @@ def _select_nm(weight: Tensor, x: Tensor, *, n: int, m: int, apply: bool) -> Any
 def bound(case: Case, rows: int, cols: int) -> dict[str, Any]:
     """The counts of a case on a bf16 weight [rows, cols], scaled from a few rows."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(_ROWS, cols, generator=generator).bfloat16()
+    weight = torch.randn(case.emulated, cols, generator=generator).bfloat16()
     x = torch.rand(cols, generator=generator)
     emulator = Emulator()
     with using(emulator):
         case.run(weight, x)
     profiles = [profile for _, profile in emulator.profiles]
-    scale = rows / _ROWS
+    scale = rows / case.emulated
     x_bytes = 4 * cols if case.reads_x else 0
     moved = sum(p.unique_read_sector_bytes + p.unique_write_sector_bytes - x_bytes for p in profiles)
     compulsory = rows * cols * (2 + case.written) + x_bytes
@@ -120,7 +123,7 @@ def main() -> None:
         for name, case in cases().items():
             if options.only not in name:
                 continue
-            row = {"case": name, "rows": rows, "cols": cols, "dtype": "bfloat16", **bound(case, rows, cols)}
+            row = {"case": name, "rows": rows, "cols": cols, "rows_emulated": case.emulated, **bound(case, rows, cols)}
             results.append(row)
             print(
                 f"{name:40} {f'{rows}x{cols}':>11} {row['dram_us']:8.1f} {row['issue_us']:8.1f} "
@@ -130,9 +133,9 @@ def main() -> None:
     if options.json:
         about = {
             "what": "bounds counted from PTX by emulation, for an A100-SXM-80GB; nothing was measured on a GPU",
+            "dtype": "bfloat16",
             "how": "python -m trisparse.bench.selection_bounds --json FILE",
             "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US, "issue_slots_per_us": SLOTS_PER_US},
-            "rows_emulated": _ROWS,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": version("triton"),
