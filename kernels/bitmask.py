@@ -4,6 +4,10 @@
 
 mask [rows, cols] bool -> packed [rows, ceil(cols/8)] uint8. Column 8*j + b is bit b of byte j; the bits
 beyond the last column are 0. A mask takes 1/16 of a bf16 weight.
+
+The compressed unstructured form of a weight is (values, packed, row_offsets): the kept weights in row order,
+the packed mask, and int64 [rows + 1] where each row's values begin, row_offsets[0] = 0, row_offsets[rows] =
+kept.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trisparse.kernels.score import check_inner
+from trisparse.kernels.launch import by_kernel
+from trisparse.kernels.score import check_inner, check_weight, check_writable
 
 
 def _check_2d(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
@@ -45,9 +50,15 @@ def pack_bits(mask: Tensor) -> Tensor:
     Raises:
         ValueError: not bool, not 2-D, or a non-contiguous inner dimension.
     """
+    _check_2d(mask, torch.bool, "mask")
+    if by_kernel(mask):
+        from trisparse.kernels.bitmask_triton import pack_triton
+
+        packed = mask.new_empty(mask.shape[0], -(-mask.shape[1] // 8), dtype=torch.uint8)
+        pack_triton(mask, packed)
+        return packed
     if mask.device.type != "cpu":
         return pack_bits_ref(mask)
-    _check_2d(mask, torch.bool, "mask")
     return torch.from_numpy(np.packbits(mask.numpy().view(np.uint8), axis=1, bitorder="little"))
 
 
@@ -66,10 +77,16 @@ def unpack_bits(packed: Tensor, cols: int) -> Tensor:
     Raises:
         ValueError: not uint8, not 2-D, a non-contiguous inner dimension, or ``cols`` that do not fit.
     """
-    if packed.device.type != "cpu":
-        return unpack_bits_ref(packed, cols)
     _check_2d(packed, torch.uint8, "packed")
     _check_cols(cols, packed)
+    if by_kernel(packed):
+        from trisparse.kernels.bitmask_triton import unpack_triton
+
+        mask = packed.new_empty(packed.shape[0], cols, dtype=torch.bool)
+        unpack_triton(packed, mask, apply=False)
+        return mask
+    if packed.device.type != "cpu":
+        return unpack_bits_ref(packed, cols)
     bits = np.unpackbits(packed.numpy(), axis=1, count=cols, bitorder="little")
     return torch.from_numpy(bits).view(torch.bool)
 
@@ -85,7 +102,115 @@ def count_bits(packed: Tensor) -> Tensor:
     Raises:
         ValueError: not uint8, not 2-D, or a non-contiguous inner dimension.
     """
+    _check_2d(packed, torch.uint8, "packed")
+    if by_kernel(packed):
+        from trisparse.kernels.bitmask_triton import count_triton
+
+        count = packed.new_empty(packed.shape[0], dtype=torch.int64)
+        count_triton(packed, count)
+        return count
     if packed.device.type != "cpu":
         return count_bits_ref(packed)
-    _check_2d(packed, torch.uint8, "packed")
     return torch.from_numpy(np.bitwise_count(packed.numpy()).sum(axis=1, dtype=np.int64))
+
+
+def apply_bits_ref(weight: Tensor, packed: Tensor) -> Tensor:
+    """The specification of `apply_bits`, except that it returns a new tensor."""
+    _check_pair(weight, packed)
+    return torch.where(unpack_bits_ref(packed, weight.shape[1]), weight, torch.zeros_like(weight))
+
+
+def apply_bits(weight: Tensor, packed: Tensor) -> Tensor:
+    """Zero, in place, each weight of [rows, cols] whose bit in ``packed`` [rows, ceil(cols/8)] is 0.
+
+    Raises:
+        ValueError: a wrong dtype, shape, stride or device, or a weight whose rows overlap.
+    """
+    _check_pair(weight, packed)
+    check_writable(weight, "weight")
+    with torch.no_grad():
+        if by_kernel(weight):
+            from trisparse.kernels.bitmask_triton import unpack_triton
+
+            unpack_triton(packed, weight.detach(), apply=True)
+            return weight
+        return weight.masked_fill_(~unpack_bits(packed, weight.shape[1]), 0)
+
+
+def compress_bits_ref(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The specification of `compress_bits`."""
+    _check_pair(weight, packed)
+    mask = unpack_bits_ref(packed, weight.shape[1])
+    offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    return weight[mask], offsets
+
+
+def compress_bits(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, row_offsets) of the weights [rows, cols] that ``packed`` [rows, ceil(cols/8)] keeps.
+
+    Returns:
+        values [kept] in the weight's dtype, in row order; row_offsets int64 [rows + 1].
+
+    Raises:
+        ValueError: a wrong dtype, shape, stride or device.
+    """
+    _check_pair(weight, packed)
+    if not by_kernel(weight):
+        return compress_bits_ref(weight, packed)
+    from trisparse.kernels.bitmask_triton import move_triton
+
+    offsets = torch.nn.functional.pad(count_bits(packed).cumsum(0), (1, 0))
+    # Compiling only, nothing is counted; any size serves.
+    kept = weight.numel() if offsets.device.type == "meta" else int(offsets[-1])
+    values = weight.new_empty(kept)
+    move_triton(packed, offsets, values, weight.detach(), compress=True)
+    return values, offsets
+
+
+def decompress_bits_ref(values: Tensor, packed: Tensor, offsets: Tensor, cols: int) -> Tensor:
+    """The specification of `decompress_bits`."""
+    _check_values(values, packed, offsets, cols)
+    mask = unpack_bits_ref(packed, cols)
+    return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+
+
+def decompress_bits(values: Tensor, packed: Tensor, offsets: Tensor, cols: int) -> Tensor:
+    """The weight [rows, cols] of a compressed form; the inverse of `compress_bits`.
+
+    Raises:
+        ValueError: a wrong dtype, shape or device, or values that are not as many as the offsets say.
+    """
+    _check_values(values, packed, offsets, cols)
+    if not by_kernel(values):
+        return decompress_bits_ref(values, packed, offsets, cols)
+    from trisparse.kernels.bitmask_triton import move_triton
+
+    dense = values.new_empty(packed.shape[0], cols)
+    move_triton(packed, offsets, values, dense, compress=False)
+    return dense
+
+
+def _check_pair(weight: Tensor, packed: Tensor) -> None:
+    check_weight(weight, "weight")
+    _check_2d(packed, torch.uint8, "packed")
+    shape = (weight.shape[0], -(-weight.shape[1] // 8))
+    if tuple(packed.shape) != shape:
+        raise ValueError(f"packed has shape {tuple(packed.shape)}; for this weight it must be {shape}")
+    if packed.device != weight.device:
+        raise ValueError(f"packed is on {packed.device}; it must be on the weight's device, {weight.device}")
+
+
+def _check_values(values: Tensor, packed: Tensor, offsets: Tensor, cols: int) -> None:
+    _check_2d(packed, torch.uint8, "packed")
+    _check_cols(cols, packed)
+    if offsets.dtype != torch.int64 or tuple(offsets.shape) != (packed.shape[0] + 1,):
+        raise ValueError(
+            f"offsets is {offsets.dtype} {tuple(offsets.shape)}; it must be torch.int64 ({packed.shape[0] + 1},)"
+        )
+    if values.dim() != 1 or not values.is_contiguous():
+        raise ValueError(f"values has shape {tuple(values.shape)}; it must have 1 dimension and be contiguous")
+    for name, tensor in (("packed", packed), ("offsets", offsets)):
+        if tensor.device != values.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on the values' device, {values.device}")
+    if offsets.device.type != "meta" and int(offsets[-1]) != values.shape[0]:
+        raise ValueError(f"values has {values.shape[0]} entries; the offsets say {int(offsets[-1])}")

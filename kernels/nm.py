@@ -6,6 +6,17 @@ W [rows, cols], X [cols] -> mask [rows, cols] bool; cols % m == 0. Equal scores:
 Source: 2:4 sparsity of Ampere's tensor cores (Mishra et al. 2021, https://arxiv.org/abs/2104.08378); 2:4 and
 4:8 pruning as in Wanda (Sun et al. 2024, https://arxiv.org/abs/2306.11695, section 4.1).
 
+Forms of the result (``out``):
+
+- ``"mask"``: bool [rows, cols]. - ``"packed"``: uint8 [rows, ceil(cols/8)], see kernels/bitmask.py. -
+``"compressed"``: (values, meta). Values are the kept weights in row order, [rows, cols * n / m]. For 2:4,
+meta is
+  int16 [rows, cols / 16]: the two kept of group g of a row have the places i0 < i1 (0..3) in the group, and
+  bits 4*(g % 4) + 0, 1 of meta[row, g // 4] are i0 and bits 4*(g % 4) + 2, 3 are i1, low bit first. That is
+  the word of torch's sparse_semi_structured_from_dense_cutlass before it reorders the words for its kernels,
+  and two neighbours make the 32-bit metadata of mma.sp. For every other pattern, meta is the packed mask: it
+  takes m bits a group, which is less than n indices would.
+
 An element is kept when fewer than n of its group come before it: those with a greater score, and those with
 an equal score and a lower index. Counting them takes m - 1 comparisons of the weights with themselves,
 shifted.
@@ -13,17 +24,31 @@ shifted.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from trisparse.kernels.score import Chunks, check_weight, check_x, checked_score_ref, run_chunks
+from trisparse.kernels.bitmask import apply_bits, compress_bits, pack_bits
+from trisparse.kernels.launch import by_kernel
+from trisparse.kernels.score import (
+    Chunks,
+    check_out,
+    check_weight,
+    check_writable,
+    check_x,
+    checked_score_ref,
+    raise_if_nan,
+    run_chunks,
+    score_ref,
+)
 
 MAX_M = 32  # a group fits one 32-bit word of a packed mask
 
 
-def check_nm(n: int, m: int, cols: int) -> None:
-    """Raise a ValueError unless 1 <= n < m <= 32 and ``cols`` is a multiple of ``m``."""
+def check_nm(n: int, m: int, size: int, what: str = "columns") -> None:
+    """Raise a ValueError unless 1 <= n < m <= 32 and ``size`` (of ``what``) is a multiple of ``m``."""
     for name, value in (("n", n), ("m", m)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{name} is {value!r}; it must be an int")
@@ -31,8 +56,8 @@ def check_nm(n: int, m: int, cols: int) -> None:
         raise ValueError(f"m is {m}; it must be in 2..{MAX_M}")
     if not 1 <= n < m:
         raise ValueError(f"n is {n}; it must be in 1..{m - 1} for m = {m}")
-    if cols % m:
-        raise ValueError(f"weight has {cols} columns; they must be a multiple of m = {m}")
+    if size % m:
+        raise ValueError(f"weight has {size} {what}; they must be a multiple of m = {m}")
 
 
 def select_nm_ref(weight: Tensor, n: int, m: int, *, x: Tensor | None = None, absolute: bool = True) -> Tensor:
@@ -45,7 +70,17 @@ def select_nm_ref(weight: Tensor, n: int, m: int, *, x: Tensor | None = None, ab
     return mask.reshape(weight.shape)
 
 
-def select_nm(weight: Tensor, n: int, m: int, *, x: Tensor | None = None, absolute: bool = True) -> Tensor:
+def select_nm(
+    weight: Tensor,
+    n: int,
+    m: int,
+    *,
+    x: Tensor | None = None,
+    absolute: bool = True,
+    out: str = "mask",
+    apply: bool = False,
+    along_out: bool = False,
+) -> Any:
     """Keep exactly the ``n`` greatest scores of every ``m`` consecutive columns; ties go to the lower column.
 
     Args:
@@ -54,19 +89,103 @@ def select_nm(weight: Tensor, n: int, m: int, *, x: Tensor | None = None, absolu
         m: the size of a group, at most 32.
         x: None, or [cols] of a float dtype on the weight's device; the score is multiplied by it in fp32.
         absolute: rank by ``|weight|``; False ranks by ``weight`` itself, which then is the score.
+        out: "mask", "packed" or "compressed"; the module's docstring gives the formats.
+        apply: also zero the others in ``weight``, in place.
+        along_out: groups are m consecutive rows, for a weight that is used transposed.
 
     Returns:
-        [rows, cols] bool, True = kept.
+        The mask, bool [rows, cols] with True = kept; or the packed mask; or (values, meta).
 
     Raises:
-        ValueError: a wrong dtype, shape, stride, device, ``n`` or ``m``, a tail group, or a NaN score.
+        ValueError: a wrong dtype, shape, stride, device, ``n``, ``m`` or ``out``, a tail group, overlapping
+            memory, or a NaN score (then ``weight`` may have been zeroed in part where ``apply`` was asked).
     """
-    if weight.device.type != "cpu":
-        return select_nm_ref(weight, n, m, x=x, absolute=absolute)
     check_weight(weight, "weight")
     check_x(x, weight, "x")
+    check_nm(n, m, weight.shape[0 if along_out else 1], "rows" if along_out else "columns")
+    check_out(out, ("mask", "packed", "compressed"))
+    two_four = (n, m) == (2, 4)
+    if out == "compressed" and along_out:
+        raise ValueError("out is 'compressed' with along_out; compress the transposed weight instead")
+    if out == "compressed" and two_four and weight.shape[1] % 16:
+        raise ValueError(f"weight has {weight.shape[1]} columns; compressed 2:4 needs a multiple of 16")
+    if apply:
+        check_writable(weight, "weight")
+    if by_kernel(weight) and weight.dtype != torch.float64:
+        return _by_kernel(weight, n, m, x, absolute, out, apply, along_out)
+    if along_out:
+        # Equal factors leave a column's order, but rounding them may make ties: score first, as the
+        # reference.
+        score = weight.T.contiguous() if x is None else score_ref(weight, x, absolute).T.contiguous()
+        mask = _select_cpu(score, n, m, None, absolute and x is None).T.contiguous()
+    elif weight.device.type == "cpu":
+        mask = _select_cpu(weight, n, m, x, absolute)
+    else:
+        mask = select_nm_ref(weight, n, m, x=x, absolute=absolute)
+    result: Tensor | tuple[Tensor, Tensor] = mask
+    if out == "packed":
+        result = pack_bits(mask)
+    elif out == "compressed":
+        values = weight[mask].reshape(weight.shape[0], weight.shape[1] * n // m)
+        result = values, meta_2_4(mask) if two_four else pack_bits(mask)
+    if apply:
+        with torch.no_grad():
+            weight.masked_fill_(~mask, 0)
+    return result
+
+
+def meta_2_4(mask: Tensor) -> Tensor:
+    """The int16 metadata [rows, cols / 16] of a 2:4 mask [rows, cols]; its bits are in the module's docstring."""
+    kept = mask.reshape(mask.shape[0], mask.shape[1] // 16, 4, 4)
+    place = torch.arange(4, device=mask.device)
+    i0 = torch.where(kept, place, 4).amin(3)
+    i1 = torch.where(kept, place, -1).amax(3)
+    nibbles = (i0 | i1 << 2) << torch.arange(0, 16, 4, device=mask.device)
+    return nibbles.sum(2).to(torch.int16)
+
+
+def _by_kernel(
+    weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, out: str, apply: bool, along_out: bool
+) -> Any:
+    from trisparse.kernels.nm_triton import select_nm_triton  # Triton is there on Linux only
+
     rows, cols = weight.shape
-    check_nm(n, m, cols)
+    fused = m & (m - 1) == 0 or along_out  # else the packed form comes from a mask
+    outputs: dict[str, Tensor] = {}
+    if out == "mask" or (out == "packed" and not fused):
+        outputs["mask"] = weight.new_empty(rows, cols, dtype=torch.bool)
+    elif out == "packed":
+        outputs["packed"] = weight.new_empty(rows, -(-cols // 8), dtype=torch.uint8)
+    elif (n, m) == (2, 4):
+        outputs["values"] = weight.new_empty(rows, cols // 2)
+        outputs["meta"] = weight.new_empty(rows, cols // 16, dtype=torch.int16)
+    else:
+        packed = _by_kernel(weight, n, m, x, absolute, "packed", False, False)
+        values, _ = compress_bits(weight, packed)
+        if apply:
+            apply_bits(weight, packed)
+        return values.reshape(rows, cols * n // m), packed
+    nan = weight.new_zeros(1, dtype=torch.int32)
+    select_nm_triton(
+        weight.detach(),
+        n,
+        m,
+        x=x,
+        absolute=absolute,
+        along_out=along_out,
+        zero=apply,
+        outputs=outputs,
+        nan=nan,
+    )
+    raise_if_nan(nan, "weight", "x", x)
+    if "values" in outputs:
+        return outputs["values"], outputs["meta"]
+    mask = next(iter(outputs.values()))
+    return pack_bits(mask) if out == "packed" and not fused else mask
+
+
+def _select_cpu(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool) -> Tensor:
+    rows, cols = weight.shape
     chunks = Chunks(weight, x, absolute, "weight", "x")
     mask = torch.empty(rows, cols, dtype=torch.bool)
     kept = mask.numpy()

@@ -94,6 +94,24 @@ def check_x(x: Tensor | None, weight: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on {x.device}; it must be on the weight's device, {weight.device}")
 
 
+def check_out(out: str, allowed: tuple[str, ...]) -> None:
+    """Raise a ValueError unless ``out`` is one of ``allowed``."""
+    if out not in allowed:
+        raise ValueError(f"out is {out!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def check_writable(weight: Tensor, name: str) -> None:
+    """Raise a ValueError when rows of ``weight`` share memory, so that writing one would change another."""
+    if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
+        raise ValueError(f"{name} has strides {weight.stride()}; its rows overlap: pass {name}.clone()")
+
+
+def raise_if_nan(flag: Tensor, name: str, x_name: str, x: Tensor | None) -> None:
+    """Raise what a kernel flagged: one int32, nonzero when a score was a NaN. A meta flag was never computed."""
+    if flag.device.type != "meta" and bool(flag.item()):
+        raise nan_error(name, x_name, x)
+
+
 def check_budget(k: int, limit: int, what: str) -> None:
     """Raise a ValueError unless ``k`` is an int in 0..limit."""
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= limit:

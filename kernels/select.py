@@ -15,13 +15,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trisparse.kernels.bitmask import pack_bits
+from trisparse.kernels.launch import by_kernel
 from trisparse.kernels.score import (
     Chunks,
     Keys,
     check_budget,
+    check_out,
     check_weight,
+    check_writable,
     check_x,
     checked_score_ref,
+    raise_if_nan,
     run_chunks,
 )
 
@@ -34,7 +39,15 @@ def select_rows_ref(weight: Tensor, k: int, *, x: Tensor | None = None, absolute
     return torch.zeros(score.shape, dtype=torch.bool, device=score.device).scatter_(1, order, True)
 
 
-def select_rows(weight: Tensor, k: int, *, x: Tensor | None = None, absolute: bool = True) -> Tensor:
+def select_rows(
+    weight: Tensor,
+    k: int,
+    *,
+    x: Tensor | None = None,
+    absolute: bool = True,
+    out: str = "mask",
+    apply: bool = False,
+) -> Tensor:
     """Keep exactly the ``k`` greatest scores of each row; ties go to the lower column.
 
     Args:
@@ -42,19 +55,50 @@ def select_rows(weight: Tensor, k: int, *, x: Tensor | None = None, absolute: bo
         k: how many to keep in each row, 0 <= k <= cols.
         x: None, or [cols] of a float dtype on the weight's device; the score is multiplied by it in fp32.
         absolute: rank by ``|weight|``; False ranks by ``weight`` itself, which then is the score.
+        out: "mask", or "packed" for the packed bits of kernels/bitmask.py.
+        apply: also zero the others in ``weight``, in place.
 
     Returns:
-        [rows, cols] bool, True = kept.
+        The mask, bool [rows, cols] with True = kept, or the packed mask, uint8 [rows, ceil(cols/8)].
 
     Raises:
-        ValueError: a wrong dtype, shape, stride, device or ``k``, or a NaN score.
+        ValueError: a wrong dtype, shape, stride, device, ``k`` or ``out``, overlapping memory, or a NaN score
+            (then ``weight`` may have been zeroed in part where ``apply`` was asked).
     """
-    if weight.device.type != "cpu":
-        return select_rows_ref(weight, k, x=x, absolute=absolute)
     check_weight(weight, "weight")
     check_x(x, weight, "x")
+    check_budget(k, weight.shape[1], "the columns of weight")
+    check_out(out, ("mask", "packed"))
+    if apply:
+        check_writable(weight, "weight")
+    if by_kernel(weight) and weight.dtype != torch.float64:
+        return _by_kernel(weight, k, x, absolute, out, apply)
+    if weight.device.type == "cpu":
+        mask = _select_cpu(weight, k, x, absolute)
+    else:
+        mask = select_rows_ref(weight, k, x=x, absolute=absolute)
+    if apply:
+        with torch.no_grad():
+            weight.masked_fill_(~mask, 0)
+    return pack_bits(mask) if out == "packed" else mask
+
+
+def _by_kernel(weight: Tensor, k: int, x: Tensor | None, absolute: bool, out: str, apply: bool) -> Tensor:
+    from trisparse.kernels.select_triton import select_rows_triton  # Triton is there on Linux only
+
     rows, cols = weight.shape
-    check_budget(k, cols, "the columns of weight")
+    if out == "mask":
+        result = weight.new_empty(rows, cols, dtype=torch.bool)
+    else:
+        result = weight.new_empty(rows, -(-cols // 8), dtype=torch.uint8)
+    nan = weight.new_zeros(1, dtype=torch.int32)
+    select_rows_triton(weight.detach(), k, x=x, absolute=absolute, zero=apply, outputs={out: result}, nan=nan)
+    raise_if_nan(nan, "weight", "x", x)
+    return result
+
+
+def _select_cpu(weight: Tensor, k: int, x: Tensor | None, absolute: bool) -> Tensor:
+    rows, cols = weight.shape
     chunks = Chunks(weight, x, absolute, "weight", "x")
     mask = torch.empty(rows, cols, dtype=torch.bool)
     kept = mask.numpy()

@@ -22,11 +22,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trisparse.kernels.bitmask import pack_bits
+from trisparse.kernels.launch import by_kernel
 from trisparse.kernels.score import (
     Chunks,
     Keys,
     check_budget,
+    check_out,
     check_weight,
+    check_writable,
     check_x,
     checked_score_ref,
     run_chunks,
@@ -75,7 +79,13 @@ def select_global_ref(
 
 
 def select_global(
-    weights: Sequence[Tensor], k: int, *, xs: Sequence[Tensor | None] | None = None, absolute: bool = True
+    weights: Sequence[Tensor],
+    k: int,
+    *,
+    xs: Sequence[Tensor | None] | None = None,
+    absolute: bool = True,
+    out: str = "mask",
+    apply: bool = False,
 ) -> list[Tensor]:
     """Keep exactly the ``k`` greatest scores over all ``weights``; ties go by (tensor order, flat index).
 
@@ -85,18 +95,45 @@ def select_global(
         k: how many to keep in all, 0 <= k <= the sum of the sizes.
         xs: None, or for each weight None or [cols] of a float dtype; the score is multiplied by it in fp32.
         absolute: rank by ``|weight|``; False ranks by ``weight`` itself, which then is the score.
+        out: "mask", or "packed" for the packed bits of kernels/bitmask.py.
+        apply: also zero the others in ``weights``, in place.
 
     Returns:
-        One [rows, cols] bool mask for each weight, True = kept.
+        For each weight, its mask, bool [rows, cols] with True = kept, or its packed mask.
 
     Raises:
-        ValueError: a wrong dtype, shape, stride, device or ``k``, lists of unequal length, or a NaN score.
+        ValueError: a wrong dtype, shape, stride, device, ``k`` or ``out``, lists of unequal length,
+        overlapping
+            memory, or a NaN score.
     """
-    if len(weights) and isinstance(weights[0], Tensor) and weights[0].device.type != "cpu":
-        return select_global_ref(weights, k, xs=xs, absolute=absolute)
     vectors = _checked(weights, xs)
     total = sum(weight.numel() for weight in weights)
     check_budget(k, total, "all elements of weights")
+    check_out(out, ("mask", "packed"))
+    if apply:
+        for i, weight in enumerate(weights):
+            check_writable(weight, f"weights[{i}]")
+    if not total:
+        masks = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
+    elif by_kernel(weights[0]) and all(weight.dtype != torch.float64 for weight in weights):
+        from trisparse.kernels.threshold_triton import select_global_triton  # Triton is there on Linux only
+
+        masks = select_global_triton(weights, k, vectors, absolute, zero=apply)
+        apply = False
+    elif weights[0].device.type == "cpu":
+        masks = _select_cpu(weights, k, vectors, absolute, total)
+    else:
+        masks = select_global_ref(weights, k, xs=xs, absolute=absolute)
+    if apply:
+        with torch.no_grad():
+            for weight, mask in zip(weights, masks, strict=True):
+                weight.masked_fill_(~mask, 0)
+    return [pack_bits(mask) for mask in masks] if out == "packed" else masks
+
+
+def _select_cpu(
+    weights: Sequence[Tensor], k: int, vectors: Sequence[Tensor | None], absolute: bool, total: int
+) -> list[Tensor]:
     # Scores of several dtypes are ranked together in the widest form that occurs, 16-bit ones of two kinds
     # in fp32.
     forms = {score_form(weight, x) for weight, x in zip(weights, vectors, strict=True)}
@@ -106,8 +143,6 @@ def select_global(
         Chunks(weight, x, absolute, f"weights[{i}]", f"xs[{i}]", form)
         for i, (weight, x) in enumerate(zip(weights, vectors, strict=True))
     ]
-    if not chunks:
-        return []
     masks = [torch.empty(weight.shape, dtype=torch.bool) for weight in weights]
     kept = [mask.numpy() for mask in masks]
     spans = [(i, start, stop) for i, part in enumerate(chunks) for start, stop in part.spans]
