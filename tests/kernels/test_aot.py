@@ -5,41 +5,12 @@ import os
 import pytest
 import torch
 
-from trisparse.kernels import bitmask
+from trisparse.bench.compile_gate import SHAPES, operations
 from trisparse.kernels.aot import Resources, resources, table
-from trisparse.kernels.nm import select_nm
-from trisparse.kernels.select import select_rows
-from trisparse.kernels.threshold import select_global
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels", allow_module_level=True)
-
-SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (5120, 13824), (8192, 28672)]
-
-
-def operations(rows, cols, dtype):
-    """Every operation on meta tensors, by name; the True ones must load 16 bytes a thread."""
-    w = torch.empty(rows, cols, dtype=dtype, device="meta")
-    x = torch.empty(cols, device="meta")
-    mask = torch.empty(rows, cols, dtype=torch.bool, device="meta")
-    packed = torch.empty(rows, cols // 8, dtype=torch.uint8, device="meta")
-    return {
-        "rows": (lambda: select_rows(w, cols // 2, x=x, out="packed", apply=True), True),
-        "rows, no x": (lambda: select_rows(w, cols // 2), True),
-        "2:4": (lambda: select_nm(w, 2, 4, x=x, out="packed", apply=True), True),
-        "2:4 compressed": (lambda: select_nm(w, 2, 4, x=x, out="compressed"), True),
-        "4:8": (lambda: select_nm(w, 4, 8, x=x, out="packed", apply=True), True),
-        "8:16": (lambda: select_nm(w, 8, 16, x=x, out="packed", apply=True), True),
-        "along out": (lambda: select_nm(w, 2, 4, x=x, along_out=True), False),
-        "global": (lambda: select_global([w], 1, apply=True), True),
-        "global, x": (lambda: select_global([w], 1, xs=[x]), True),
-        "pack": (lambda: bitmask.pack_bits(mask), False),
-        "unpack": (lambda: bitmask.unpack_bits(packed, cols), False),
-        "count": (lambda: bitmask.count_bits(packed), False),
-        "apply": (lambda: bitmask.apply_bits(w, packed), True),
-        "compress": (lambda: bitmask.compress_bits(w, packed), False),
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
