@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import re
-import signal
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from torch import Tensor, nn
 
 from trisparse.retrain.groups import ParameterGroups
 from trisparse.retrain.lora import mask_lora_modules
+from trisparse.sparsity.interrupt import interrupt_after
 
 
 def is_tied(model: Any, head: str) -> bool:
@@ -44,22 +41,6 @@ def _untie(model: Any, head: str, layer: nn.Module) -> int:
         key: source for key, source in model.all_tied_weights_keys.items() if own not in (key, source)
     }
     return weight.numel()
-
-
-@contextmanager
-def _interrupt_after() -> Iterator[None]:
-    """Hold a KeyboardInterrupt back until the block is done, so that it never leaves half of it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if pending:
-            signal.raise_signal(signal.SIGINT)
 
 
 class Adapted:
@@ -154,7 +135,7 @@ class Adapted:
 
     def merge(self) -> int:
         """Merge everything into the model and unwrap it; returns the parameters added by untying the head."""
-        with _interrupt_after(), torch.no_grad():
+        with interrupt_after(), torch.no_grad():
             trained = {name: [p.detach() for p in self._active(name).parameters()] for name in self.norms}
             added = 0
             self._restore_flags()

@@ -129,9 +129,9 @@ def retrain(
     """Retrain a pruned causal language model in place, keeping its zeros.
 
     Whatever is wrong with the arguments raises before anything changes, and a failure or an interrupt while
-    training leaves the model as it was. Modes, flags and the config are put back. A head that shares the
-    input embedding gets a weight of its own when it is merged, as its LoRA changes the head alone
-    (``tie_word_embeddings`` is False from then on; the report says so).
+    training leaves the model as it was, but for ``.grad``, which is cleared. Modes, flags and the config are put
+    back. A head that shares the input embedding gets a weight of its own when it is merged, as its LoRA changes
+    the head alone (``tie_word_embeddings`` is False from then on; the report says so).
 
     Args:
         model: a transformers causal language model with attached masks (:mod:`trisparse.sparsity.mask`).
@@ -191,6 +191,8 @@ def parameter_groups_for(model: Any, config: PERPConfig) -> ParameterGroups:
         raise ValueError("model is wrapped by PEFT already: merge_and_unload() or unload() it first")
     if not callable(getattr(model, "get_output_embeddings", None)) or not hasattr(model, "config"):
         raise ValueError(f"model must be a transformers causal language model, got {type(model).__name__}")
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+        raise ValueError(f"model must be a causal language model, got {type(model).__name__}")
     if any(param.is_meta for param in model.parameters()):
         raise ValueError("model is on the meta device: it has no weights to retrain")
     if "lora" in config.groups and not masks(model):

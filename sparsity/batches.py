@@ -43,6 +43,8 @@ def calibration_batches(
     extra = {"use_cache": False} if _accepts(model, "use_cache") else {}
     config = getattr(model, "config", None)
     vocab_size = getattr(config, "vocab_size", None)
+    if isinstance(data, Mapping):
+        data = [data]
     if _is_batches(data):
         batches = [_as_batch(model, batch) for batch in data]
         if not batches:

@@ -11,14 +11,14 @@ Three ways to propagate (``propagate=``):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from trisparse.sparsity.capture import Batch, BlockCall, BlocksNotChainedError, capture, probe
+from trisparse.sparsity.capture import Batch, BlockCall, capture, probe
 from trisparse.sparsity.hardware import bf16_is_fast
 from trisparse.sparsity.statistics import InputStatistics, experts_one_by_one
 from trisparse.sparsity.targets import Block, Target, Targets
@@ -37,7 +37,7 @@ def walk(
     propagate: Propagate = "block",
     dtype: torch.dtype | None = None,
     on_use: Callable[[Target, Tensor], Tensor] | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Yield the targets of each block with their statistics, in calling order; prune them before going on.
 
     Targets outside the blocks come first, with statistics from the dense model. Memory: the hidden states of
@@ -48,19 +48,21 @@ def walk(
         targets: from ``find_targets``.
         batches: keyword arguments of the model's forward, one dict for each micro-batch.
         propagate: see the module's docstring.
-        dtype: compute dtype; None takes bf16 where the device has fast bf16 and a block is all fp32.
+        dtype: compute dtype; None takes bf16 where the device is fast at it, for blocks that are all fp32 and run
+            in it.
         on_use: for ``"linear"``: (target, X [parts, cols]) -> bool mask of the parameter to run on with.
 
     Raises:
         BlocksNotChainedError: the model does something between its blocks; ``propagate="dense"`` works.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with experts_one_by_one(model):
             yield from _walk(model, targets, batches, propagate, dtype, on_use)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()  # as a decorator, it is off while the caller has its turn
@@ -71,8 +73,9 @@ def _walk(
     propagate: Propagate,
     dtype: torch.dtype | None,
     on_use: Callable[[Target, Tensor], Tensor] | None,
-) -> Iterator[Step]:
-    if dtype is None and bf16_is_fast(next(model.parameters()).device):
+) -> Generator[Step]:
+    automatic = dtype is None
+    if automatic and bf16_is_fast(next(model.parameters()).device):
         dtype = torch.bfloat16
     stacks: dict[int, list[Block]] = {}
     inside: dict[int, list[Target]] = {}
@@ -80,55 +83,82 @@ def _walk(
         stacks.setdefault(block.stack, []).append(block)
         inside[id(block)] = [target for target in targets.found if target.block == index]
     stacks = {stack: blocks for stack, blocks in stacks.items() if any(inside[id(b)] for b in blocks)}
-    chains = {stack: probe(model, blocks, batches[0]) for stack, blocks in stacks.items()}
-    for chain in chains.values():
-        if chain.broken_before and propagate != "dense":
-            raise BlocksNotChainedError(
-                f"the model changes the hidden states before {chain.broken_before}, so its blocks cannot be pruned "
-                "one after the other; use propagate='dense'"
-            )
+    chains = probe(model, stacks, batches[0])
+    if propagate != "dense":
+        for chain in chains.values():
+            chain.check()
     if outside := [target for target in targets.found if target.block is None]:
         yield outside, _measure_whole_model(model, outside, batches)
-    for stack, blocks in stacks.items():
-        if chains[stack].broken_before:
+    for stack in stacks.keys() - chains.keys():
+        unreached = [target for block in stacks[stack] for target in inside[id(block)]]
+        yield unreached, InputStatistics(unreached)
+    for stack, chain in chains.items():
+        blocks = stacks[stack]
+        if chain.broken_at:
             together = [target for block in blocks for target in inside[id(block)]]
             yield together, _measure_whole_model(model, together, batches)
             continue
-        calls, hidden = capture(model, blocks, batches, chains[stack])
+        calls, hidden = capture(model, blocks, batches, chain)
         valid = [_valid_tokens(batch) for batch in batches]
         for block, block_calls in zip(blocks, calls, strict=True):
             group = inside[id(block)]
-            statistics = InputStatistics(group)
-            before_use = _prune_on_use(statistics, on_use) if on_use is not None else None
-            with (
-                _computing(block.module, dtype, copy=on_use is not None) as cast,
-                statistics.observing(before_use),
-            ):
-                entering = [cast(h) for h in hidden]
-                hidden = []
-                for call, x, tokens in zip(block_calls, entering, valid, strict=True):
-                    with statistics.call(tokens):
-                        hidden.append(_cast_call(call, cast).run(block.module, x))
+            try:
+                statistics, leaving = _measure(block.module, group, block_calls, hidden, valid, dtype, on_use)
+            except RuntimeError:
+                if not automatic or dtype is None:
+                    raise
+                dtype = None  # the block's own code mixes dtypes: it runs in its own from here on
+                statistics, leaving = _measure(block.module, group, block_calls, hidden, valid, dtype, on_use)
             if group:
                 yield group, statistics
             if propagate == "block" and group and block is not blocks[-1]:
-                with _computing(block.module, dtype) as cast:
-                    calls_and_inputs = zip(block_calls, entering, strict=True)
-                    hidden = [_cast_call(call, cast).run(block.module, x) for call, x in calls_and_inputs]
+                with _computing(block.module, dtype) as (cast, _):
+                    pairs = zip(block_calls, hidden, strict=True)
+                    leaving = [_cast_call(call, cast).run(block.module, cast(x)) for call, x in pairs]
+            hidden = leaving
+
+
+def _measure(
+    block: nn.Module,
+    group: Sequence[Target],
+    calls: Sequence[BlockCall],
+    hidden: Sequence[Tensor],
+    valid: Sequence[Tensor | None],
+    dtype: torch.dtype | None,
+    on_use: Callable[[Target, Tensor], Tensor] | None,
+) -> tuple[InputStatistics, list[Tensor]]:
+    """Run one block on all micro-batches: statistics of its targets, and the hidden states that leave it."""
+    statistics = InputStatistics(group)
+    leaving = []
+    with _computing(block, dtype, copy=on_use is not None) as (cast, originals):
+        before_use = _prune_on_use(statistics, on_use, originals) if on_use is not None else None
+        with statistics.observing(before_use):
+            for call, x, tokens in zip(calls, hidden, valid, strict=True):
+                with statistics.call(tokens):
+                    leaving.append(_cast_call(call, cast).run(block, cast(x)))
+    return statistics, leaving
 
 
 def _cast_call(call: BlockCall, cast: Callable[[Any], Any]) -> BlockCall:
     return BlockCall(cast(call.args), cast(call.kwargs), call.slot)
 
 
-def _prune_on_use(statistics: InputStatistics, on_use: Callable[[Target, Tensor], Tensor]) -> Callable[[Target], None]:
+def _prune_on_use(
+    statistics: InputStatistics, on_use: Callable[[Target, Tensor], Tensor], originals: dict[int, Tensor]
+) -> Callable[[Target], None]:
     done: set[str] = set()
 
     def before_use(target: Target) -> None:
         x = statistics.rms(target)
         if x is not None and target.name not in done:
             done.add(target.name)
-            target.weight.data.masked_fill_(~on_use(target, x), 0)
+            weight = target.weight
+            copy, weight.data = weight.data, originals[id(weight)]  # rank the weights, not their bf16 copies
+            try:
+                keep = on_use(target, x)
+            finally:
+                weight.data = copy
+            copy.masked_fill_(~keep, 0)
 
     return before_use
 
@@ -151,15 +181,20 @@ def _valid_tokens(batch: Batch) -> Tensor | None:
 
 
 @contextmanager
-def _computing(block: nn.Module, dtype: torch.dtype | None, *, copy: bool = False) -> Iterator[Callable[[Any], Any]]:
+def _computing(
+    block: nn.Module, dtype: torch.dtype | None, *, copy: bool = False
+) -> Iterator[tuple[Callable[[Any], Any], dict[int, Tensor]]]:
     """Run ``block`` with its parameters in ``dtype`` (or on a ``copy`` of them); they come back when it closes.
 
-    Yields a function that casts floating-point tensors (in lists, tuples and dicts) to that dtype. Blocks that
-    are not fp32 throughout, or hold statistics (BatchNorm), keep their own dtypes.
+    Yields a function that casts floating-point tensors (in lists, tuples and dicts) to that dtype, and the
+    parameters' own values by ``id`` of the parameter. Blocks that are not fp32 throughout keep their own dtypes;
+    those that hold statistics (BatchNorm) stay fp32.
     """
     parameters = list(block.parameters())
-    if any(p.dtype != torch.float32 for p in parameters) or any(b.is_floating_point() for b in block.buffers()):
+    if any(p.dtype != torch.float32 for p in parameters):
         dtype = None
+    elif dtype is None or any(b.is_floating_point() for b in block.buffers()):
+        dtype = torch.float32  # the hidden states may come from a block that ran in bf16
     originals = [p.data for p in parameters]
 
     def cast(value: Any) -> Any:
@@ -174,7 +209,7 @@ def _computing(block: nn.Module, dtype: torch.dtype | None, *, copy: bool = Fals
     try:
         for p in parameters:
             p.data = p.data.to(dtype or p.dtype, copy=copy)
-        yield cast
+        yield cast, {id(p): original for p, original in zip(parameters, originals, strict=True)}
     finally:
         for p, original in zip(parameters, originals, strict=True):
             p.data = original
@@ -184,4 +219,7 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     """To ``dtype`` if floating point; the large negative numbers of attention masks stay finite."""
     if not value.is_floating_point() or value.dtype == dtype:
         return value
-    return value.clamp(min=torch.finfo(dtype).min, max=torch.finfo(dtype).max).to(dtype)
+    limits = torch.finfo(dtype)
+    if limits.max < torch.finfo(value.dtype).max:
+        value = value.clamp(limits.min, limits.max)
+    return value.to(dtype)

@@ -7,9 +7,10 @@ arguments (masks, position embeddings, ...) are recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,48 +48,70 @@ class Chain:
     """What a probe found out about a stack of blocks.
 
     Attributes:
-        returned: for each block, the class of its output and what follows the hidden states in it.
+        returned: for each block that was called, the class of its output and what follows the hidden states in it.
         passes_through: whether the model can run with the blocks left out, to record their arguments.
-        broken_before: the first block whose input is not the output of the block before it, or None.
+        broken_at: a block that is not simply fed by the one before it, once in a forward; or None.
     """
 
     returned: list[tuple[type, tuple[Any, ...]]] = field(default_factory=list)
     passes_through: bool = True
-    broken_before: str | None = None
+    broken_at: str | None = None
+
+    def check(self) -> None:
+        """Raise unless the blocks are called one after the other, each with the output of the one before it.
+
+        Raises:
+            BlocksNotChainedError: they are not.
+        """
+        if self.broken_at is not None:
+            raise BlocksNotChainedError(
+                f"the model does not run its blocks one after the other, each once on the output of the one before "
+                f"it (at {self.broken_at}), so they cannot be pruned in turn; use propagate='dense'"
+            )
 
 
 class _LastBlockReached(Exception):  # noqa: N818 - control flow, not an error
     """Ends a forward pass after the last block: what follows it is not needed."""
 
 
-def probe(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Chain:
-    """Run the first sample of ``batch`` up to the last of ``blocks`` and watch what they take and return.
+def probe(model: nn.Module, stacks: Mapping[int, Sequence[Block]], batch: Batch) -> dict[int, Chain]:
+    """Run the first sample of ``batch`` through the model and watch what the blocks take and return.
 
-    Raises:
-        BlocksNotChainedError: a block is called without hidden states, more than once, or not at all.
+    Returns:
+        A chain for each stack that the forward calls, in the order of their first calls.
     """
-    chain = Chain()
-    last: list[Tensor] = []
+    chains: dict[int, Chain] = {}
+    last: dict[int, Tensor | None] = {}
 
-    def record(index: int, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if index != len(chain.returned):
-            raise BlocksNotChainedError(
-                f"the model does not call its blocks in order, once each ({blocks[index].name})"
-            )
-        hidden = _hidden(args, kwargs)
-        if last and not _same(hidden, last.pop()) and chain.broken_before is None:
-            chain.broken_before = blocks[index].name
+    def watch(stack: int, index: int, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        chain = chains.setdefault(stack, Chain())
+        name = stacks[stack][index].name
         output = real(*args, **kwargs)
+        slot = _slot(args, kwargs)
+        in_turn = index == len(chain.returned) and slot is not None and isinstance(output, Tensor | tuple | list)
+        if not in_turn or slot is None:
+            chain.broken_at = chain.broken_at or name
+            return output
+        hidden: Tensor = args[slot] if isinstance(slot, int) else kwargs[slot]
+        before = last.get(stack)
+        if before is not None and not _same(hidden, before):
+            chain.broken_at = chain.broken_at or name
         rest = () if isinstance(output, Tensor) else tuple(output[1:])
         chain.returned.append((type(output), rest))
-        last.append(first_tensor(output))
-        if index + 1 < len(blocks):
-            chain.passes_through &= last[0].shape == hidden.shape and all(item is None for item in rest)
-            return output
-        raise _LastBlockReached
+        last[stack] = first_tensor(output)
+        if index + 1 < len(stacks[stack]):
+            chain.passes_through &= first_tensor(output).shape == hidden.shape and all(item is None for item in rest)
+        return output
 
-    _run(model, blocks, [_first_sample(batch)], record)
-    return chain
+    with ExitStack() as replaced:
+        for stack, blocks in stacks.items():
+            for index, block in enumerate(blocks):
+                replaced.enter_context(_replaced_forward(block.module, partial(watch, stack, index)))
+        model(**_first_sample(batch))
+    for stack, chain in chains.items():
+        if len(chain.returned) < len(stacks[stack]) and chain.broken_at is None:
+            chain.broken_at = stacks[stack][len(chain.returned)].name
+    return chains
 
 
 def capture(
@@ -103,7 +126,12 @@ def capture(
     entering: list[Tensor] = []
 
     def record(index: int, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        slot, hidden = _slot(args, kwargs), _hidden(args, kwargs)
+        slot = _slot(args, kwargs)
+        if slot is None or len(calls[index]) > len(calls[-1]):
+            chain.broken_at = blocks[index].name
+            chain.check()
+        assert slot is not None
+        hidden: Tensor = args[slot] if isinstance(slot, int) else kwargs[slot]
         call = BlockCall(list(args), dict(kwargs), slot)
         if isinstance(slot, int):
             call.args[slot] = None
@@ -119,7 +147,15 @@ def capture(
         kind, rest = chain.returned[index]
         return hidden if issubclass(kind, Tensor) else (hidden, *rest)
 
-    _run(model, blocks, batches, record)
+    with ExitStack() as replaced:
+        for index, block in enumerate(blocks):
+            replaced.enter_context(_replaced_forward(block.module, partial(record, index)))
+        for done, batch in enumerate(batches, start=1):
+            with suppress(_LastBlockReached):
+                model(**batch)
+            if len(calls[-1]) != done:
+                chain.broken_at = blocks[-1].name
+                chain.check()
     return calls, entering
 
 
@@ -129,23 +165,11 @@ def first_tensor(output: Any) -> Tensor:
     return first
 
 
-def _run(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], record: Callable[..., Any]) -> None:
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            stack.enter_context(_replaced_forward(block.module, index, record))
-        for batch in batches:
-            try:
-                model(**batch)
-            except _LastBlockReached:
-                continue
-            raise BlocksNotChainedError(f"the model's forward never called {blocks[-1].name}")
-
-
 @contextmanager
-def _replaced_forward(module: nn.Module, index: int, record: Callable[..., Any]) -> Iterator[None]:
+def _replaced_forward(module: nn.Module, record: Callable[..., Any]) -> Iterator[None]:
     real = module.forward
     had_own = "forward" in module.__dict__
-    module.forward = lambda *args, **kwargs: record(index, real, args, kwargs)
+    module.forward = lambda *args, **kwargs: record(real, args, kwargs)
     try:
         yield
     finally:
@@ -155,19 +179,14 @@ def _replaced_forward(module: nn.Module, index: int, record: Callable[..., Any])
             del module.forward
 
 
-def _slot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+def _slot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    """Where the hidden states are: the first argument, or the first floating-point one by name."""
     if args and isinstance(args[0], Tensor):
         return 0
     for name, value in kwargs.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2:
             return name
-    raise BlocksNotChainedError("a block of the model is called without hidden states")
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    slot = _slot(args, kwargs)
-    hidden: Tensor = args[slot] if isinstance(slot, int) else kwargs[slot]
-    return hidden
+    return None
 
 
 def _first_sample(batch: Batch) -> Batch:

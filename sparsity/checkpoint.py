@@ -21,7 +21,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from trisparse.sparsity.mask import Mask, MaskError, attach, check_masks, masks, masks_sha256
+from trisparse.sparsity.mask import Mask, MaskError, attach, check_masks, detach, masks, masks_sha256
 from trisparse.sparsity.pattern import parse_pattern
 from trisparse.sparsity.progress import quiet_transformers
 
@@ -42,7 +42,7 @@ def save(
 
     Args:
         model: a transformers model (opens with ``from_pretrained``) or any module (opens with ``load(path, into=)``).
-        path: a new folder, an empty one, or an earlier checkpoint of ours, which is replaced.
+        path: a new folder, an empty one, or an earlier checkpoint of ours, which is replaced with all that it holds.
         tokenizer: saved alongside.
         recipe: what was done to the model, step by step; JSON values.
 
@@ -87,8 +87,13 @@ def save(
         if path.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
             path.rename(replaced / "old")
-            unfinished.rename(path)
-            shutil.rmtree(replaced)
+            try:
+                unfinished.rename(path)
+            except BaseException:
+                (replaced / "old").rename(path)
+                raise
+            finally:
+                shutil.rmtree(replaced)
         else:
             unfinished.rename(path)
     finally:
@@ -131,9 +136,12 @@ def load(path: str | Path, *, into: nn.Module | None = None, dtype: torch.dtype 
     else:
         model = into
         try:
+            _check_fits(load_file(path / _WEIGHTS_FILE), model)
             load_model(model, path / _WEIGHTS_FILE)
         except (RuntimeError, OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} does not fit into the given {type(into).__name__}: {error}") from error
+        for module in model.modules():
+            detach(module)
     for name, mask in _read_masks(path, info).items():
         owner, _, param = name.rpartition(".")
         try:
@@ -166,16 +174,41 @@ def read_info(path: str | Path) -> dict[str, Any]:
     return info
 
 
+def _check_fits(weights: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise a CheckpointError, before anything is changed, unless ``weights`` are those of ``model``."""
+    own = model.state_dict()
+    wrong = [n for n, w in weights.items() if n not in own or own[n].shape != w.shape]
+    present = {own[n].data_ptr() for n in weights if n in own}
+    wrong += [n for n, w in own.items() if n not in weights and w.data_ptr() not in present]
+    if wrong:
+        raise CheckpointError(f"{', '.join(wrong[:3])} differ")
+
+
 def _from_pretrained(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     import transformers
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} was saved from a plain module: pass an instance of it as load(path, into=...)")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} is damaged: {error}") from error
     architecture = (config.architectures or ["none"])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise CheckpointError(f"transformers has no {architecture}, which {path} was saved from")
-    with quiet_transformers():
-        model: PreTrainedModel = model_class.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
+    model: PreTrainedModel
+    try:
+        with quiet_transformers():
+            model, loading = model_class.from_pretrained(
+                path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := loading.get(what):
+            listed = ", ".join(sorted(map(str, keys))[:3])
+            raise CheckpointError(f"the weights in {path} do not fit {architecture}: {what.replace('_', ' ')} {listed}")
     return model
 
 

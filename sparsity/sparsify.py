@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
-from trisparse.sparsity.mask import Mask, attach
+from trisparse.sparsity.interrupt import interrupt_after
+from trisparse.sparsity.mask import Mask, attach, mask_of
 from trisparse.sparsity.metric import Metric, Score, find_metric
 from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
 from trisparse.sparsity.progress import Advance, progress_bar
@@ -40,6 +43,9 @@ def sparsify(
     progress: bool = True,
 ) -> SparsityReport:
     """Prune ``model`` in place and attach its masks.
+
+    A model that has masks already gets new ones. Weights that were pruned before go first again; at a lower
+    sparsity than before some of them are kept by the new mask, as zeros that retraining may change.
 
     Args:
         model: any module with Linear, Conv1d/2d/3d, transformers' Conv1D or fused expert weights.
@@ -70,6 +76,8 @@ def sparsify(
     together = isinstance(pattern, Unstructured) and pattern.scope == "global"
     if together and metric.needs_data and propagate != "dense":
         raise ValueError("sparsity with scope 'global' ranks all layers together: it needs propagate='dense'")
+    if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
     targets = find_targets(model, include=include, exclude=exclude)
     check_pattern(targets.found, pattern)
     _check_finite(targets.found)
@@ -84,9 +92,9 @@ def sparsify(
             seed=seed,
             in_one=propagate == "linear",
         )
-        _check_batches(targets.found, batches, propagate)
+        _check_batches(model, targets.found, batches, propagate)
     pruning = _Pruning(pattern, metric, seed)
-    steps: Iterable[tuple[list[Target], InputStatistics | None]] = (
+    steps: Generator[tuple[list[Target], InputStatistics | None]] = (
         walk(
             model,
             targets,
@@ -98,7 +106,8 @@ def sparsify(
         if metric.needs_data
         else _blocks(targets)
     )
-    with progress_bar(f"{metric.name} {pattern}", len(targets.found), enabled=progress) as advance:
+    label = f"{metric.name} {pattern}"
+    with progress_bar(label, len(targets.found), enabled=progress) as advance, closing(steps):
         try:
             if together:
                 pruning.prune_together(steps, advance)
@@ -106,6 +115,8 @@ def sparsify(
                 for group, statistics in steps:
                     pruning.prune(group, statistics)
                     advance(len(group))
+            if not pruning.rows:
+                raise ValueError("data reaches none of the weights to prune: the model's forward does not use them")
         except BaseException as error:
             done = f"pruned up to {pruning.rows[-1].name}" if pruning.rows else "unchanged"
             error.add_note(f"sparsify stopped; the model is {done}")
@@ -149,8 +160,9 @@ class _Pruning:
             else:
                 mask, seconds = self._select(target, statistics.rms(target) if statistics else None)
             chosen.append((target, mask, seconds, _note(target, statistics)))
-        for target, mask, seconds, note in chosen:
-            self._attach(target, mask, seconds, note)
+        with interrupt_after():
+            for target, mask, seconds, note in chosen:
+                self._attach(target, mask, seconds, note)
 
     def prune_together(self, steps: Iterable[tuple[list[Target], InputStatistics | None]], advance: Advance) -> None:
         """Measure everything, then select all masks under one budget and attach them."""
@@ -161,13 +173,16 @@ class _Pruning:
                 for target in self._reached(group, statistics)
             )
             advance(len(group))
+        if not members:
+            return
         start = time.perf_counter()
         scores = [self._scores(target, x) for target, x, _ in members]
         assert isinstance(self.pattern, Unstructured)
         chosen = select_over_all([target for target, _, _ in members], scores, self.pattern)
         seconds = (time.perf_counter() - start) / len(members)
-        for (target, _, note), mask in zip(members, chosen, strict=True):
-            self._attach(target, mask, seconds, note)
+        with interrupt_after():
+            for (target, _, note), mask in zip(members, chosen, strict=True):
+                self._attach(target, mask, seconds, note)
 
     def select_on_use(self, target: Target, x: Tensor) -> Tensor:
         """Select while a block runs; the mask is attached with its block."""
@@ -194,7 +209,15 @@ class _Pruning:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         parts = target.matrix().chunk(target.parts)
         scales = [None] * target.parts if x is None else list(x)
-        return [self.metric.score(part, scale, generator) for part, scale in zip(parts, scales, strict=True)]
+        scores = [self.metric.score(part, scale, generator) for part, scale in zip(parts, scales, strict=True)]
+        earlier = mask_of(target.module, target.param)
+        if earlier is not None and not scores[0].absolute:  # weights pruned before are zero, and go first again
+            kept = earlier.matrix(target.weight.device).chunk(target.parts)
+            scores = [
+                replace(score, weight=score.weight.masked_fill(~part, -torch.inf))
+                for score, part in zip(scores, kept, strict=True)
+            ]
+        return scores
 
     def _attach(self, target: Target, mask: Mask, seconds: float, note: str) -> None:
         attach(target.module, target.param, mask)
@@ -203,7 +226,7 @@ class _Pruning:
         self.rows.append(TargetReport(target.name, shape, str(self.pattern), mask.kept, total, seconds, note))
 
 
-def _blocks(targets: Targets) -> Iterator[tuple[list[Target], None]]:
+def _blocks(targets: Targets) -> Generator[tuple[list[Target], None]]:
     """Targets of each block; those outside the blocks one by one."""
     groups: dict[int | str, list[Target]] = {}
     for target in targets.found:
@@ -223,12 +246,15 @@ def _check_finite(targets: Sequence[Target]) -> None:
         raise ValueError(f"model has NaN or Inf weights: {', '.join(broken)}")
 
 
-def _check_batches(targets: Sequence[Target], batches: Sequence[Batch], propagate: Propagate) -> None:
+def _check_batches(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], propagate: Propagate) -> None:
     fused = next((target.name for target in targets if is_fused_experts(target)), None)
     if propagate == "linear":
         if len(batches) > 1:
             raise ValueError(f"propagate='linear' runs the whole data as one batch, but data has {len(batches)}")
         if fused:
             raise ValueError(f"propagate='linear' cannot prune fused experts ({fused}): use 'block' or 'dense'")
-    if fused and any(is_padded(batch) for batch in batches):
+    padded = any(is_padded(batch) for batch in batches)
+    if padded and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError("data is padded, and an encoder-decoder model pads two sequences differently: pack it")
+    if padded and fused:
         raise ValueError(f"data is padded, and padding would count as input of fused experts ({fused}): pack it")

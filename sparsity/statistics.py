@@ -104,8 +104,9 @@ class InputStatistics:
             kernel = target.cols * module.groups // module.in_channels
             squares = channels.view(module.groups, -1).repeat_interleave(kernel, dim=1)
             return squares, count  # not shared: another kernel size needs another expansion
-        rows = x[self._valid] if self._valid is not None and x.shape[:2] == self._valid.shape else x
-        rows = rows.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        if self._valid is not None and rows.shape[0] == self._valid.numel():
+            rows = rows[self._valid.flatten()]
         squares, count = _sum_of_squares(rows), rows.shape[0]
         self._seen.append((x, x._version, squares, count))
         return squares, count

@@ -234,7 +234,7 @@ class Skips(nn.Module):
 
 def test_blocks_that_do_not_feed_each_other(tokens):
     data = [{"x": torch.rand(5, 4)}]
-    with pytest.raises(BlocksNotChainedError, match=r"before layers\.1.*propagate='dense'"):
+    with pytest.raises(BlocksNotChainedError, match=r"at layers\.1.*propagate='dense'"):
         sparsify(model := Skips(1.0), "50%", "wanda", data, progress=False)
     assert all((p != 0).all() for p in model.parameters() if p.ndim == 2)
     report = sparsify(model, "50%", "wanda", data, propagate="dense", progress=False)
