@@ -20,7 +20,7 @@ from trisparse.retrain.perp import PERPConfig, retrain
 from trisparse.sparsity.checkpoint import save
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.perplexity import perplexity
-from trisparse.sparsity.progress import progress_bar, quiet_transformers
+from trisparse.sparsity.progress import counting_bar, quiet_transformers
 from trisparse.sparsity.sparsify import sparsify
 from trisparse.sparsity.text import pydoc_text
 
@@ -68,13 +68,7 @@ def run_demo(scale: DemoScale, *, out: Path | None = None, quiet: bool = False) 
     calibration = pydoc_text("calibration")
 
     def measure(model: Any) -> float:
-        with progress_bar("perplexity", len(test), enabled=not quiet) as advance:
-            done = [0]
-
-            def progress(now: int, total: int) -> None:
-                advance(now - done[0])
-                done[0] = now
-
+        with counting_bar("perplexity", enabled=not quiet) as progress:
             return perplexity(model, test, seq_len=scale.seq_len, progress=progress)
 
     def pruned(method: str, sparsity: str) -> tuple[Any, dict[str, Any]]:

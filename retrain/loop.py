@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -163,16 +164,14 @@ def trainer_for(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, windows: Tensor, batch_size: int, dtype: torch.dtype | None) -> float:
-    """Mean loss per predicted token of ``windows`` [n, seq_len], in eval mode; the mode is put back."""
+    """Mean loss per predicted token of ``windows`` [n, seq_len], in eval mode; the modes are put back."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     total = 0.0
-    for batch in torch.split(windows, batch_size):
-        with autocast(device, dtype):
-            loss = model(**with_labels(batch.to(device))).loss
-        total += float(loss) * len(batch)
-    model.train(training)
+    with evaluating(model):
+        for batch in torch.split(windows, batch_size):
+            with autocast(device, dtype):
+                loss = model(**with_labels(batch.to(device))).loss
+            total += float(loss) * len(batch)
     return total / len(windows)
 
 

@@ -25,6 +25,7 @@ from trisparse.retrain.report import PeakMemory, RetrainReport
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.hardware import bf16_is_fast
 from trisparse.sparsity.mask import check_masks, masks
+from trisparse.sparsity.targets import is_peft_wrapped
 
 _DTYPES = ("auto", "fp32", "bf16")
 _VARIANTS = ("mask_lora",)
@@ -187,7 +188,7 @@ def retrain(
 
 def parameter_groups_for(model: Any, config: PERPConfig) -> ParameterGroups:
     """The groups of ``model``, checked against ``config``; see :func:`retrain` for what raises."""
-    if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):
+    if is_peft_wrapped(model):
         raise ValueError("model is wrapped by PEFT already: merge_and_unload() or unload() it first")
     if not callable(getattr(model, "get_output_embeddings", None)) or not hasattr(model, "config"):
         raise ValueError(f"model must be a transformers causal language model, got {type(model).__name__}")

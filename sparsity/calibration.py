@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trisparse.sparsity.capture import Batch, BlockCall, capture, probe
 from trisparse.sparsity.hardware import bf16_is_fast
+from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.statistics import InputStatistics, experts_one_by_one
 from trisparse.sparsity.targets import Block, Target, Targets
 
@@ -55,14 +56,8 @@ def walk(
     Raises:
         BlocksNotChainedError: the model does something between its blocks; ``propagate="dense"`` works.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with experts_one_by_one(model):
-            yield from _walk(model, targets, batches, propagate, dtype, on_use)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), experts_one_by_one(model):
+        yield from _walk(model, targets, batches, propagate, dtype, on_use)
 
 
 @torch.no_grad()  # as a decorator, it is off while the caller has its turn

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from trisparse.sparsity.data import token_windows
+from trisparse.sparsity.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,10 +59,7 @@ def perplexity(
     windows = _windows(model, data, tokenizer, seq_len, max_tokens, vocab_size=len(embedding))
     per_batch = max(1, _LOGIT_BYTES // (4 * seq_len * len(embedding)))
     loss, done = 0.0, 0
-    whole: torch.nn.Module = model
-    modes = [(module, module.training) for module in whole.modules()]
-    whole.eval()
-    try:
+    with evaluating(model):
         for batch in torch.split(windows, per_batch):
             loss += _summed_loss(model, batch.to(embedding.device))
             if math.isnan(loss):
@@ -69,9 +67,6 @@ def perplexity(
             done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
-    finally:
-        for module, training in modes:
-            module.training = training
     mean = loss / (len(windows) * (seq_len - 1))
     return math.exp(mean) if mean < _MAX_EXPONENT else math.inf
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers.utils import logging
 
 
@@ -20,6 +28,19 @@ class Advance(Protocol):
 @contextmanager
 def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Advance]:
     """Show a bar on stderr, if that is a terminal, while open; it vanishes at the end."""
+    with _bar(label, total, enabled) as (progress, task):
+        yield lambda steps, note="": progress.update(task, advance=steps, note=note)
+
+
+@contextmanager
+def counting_bar(label: str, *, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """The same for work that counts by itself; yields a function of (done, total)."""
+    with _bar(label, None, enabled) as (progress, task):
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _bar(label: str, total: int | None, enabled: bool) -> Iterator[tuple[Progress, TaskID]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -32,8 +53,7 @@ def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Ad
     console = Console(stderr=True)
     shown = enabled and console.is_terminal
     with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
-        task = progress.add_task(label, total=total, note="")
-        yield lambda steps, note="": progress.update(task, advance=steps, note=note)
+        yield progress, progress.add_task(label, total=total, note="")
 
 
 @contextmanager

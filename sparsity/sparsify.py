@@ -23,7 +23,7 @@ from trisparse.sparsity.progress import Advance, progress_bar
 from trisparse.sparsity.report import SkippedReport, SparsityReport, TargetReport
 from trisparse.sparsity.selection import check_pattern, select, select_over_all
 from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
-from trisparse.sparsity.targets import Skipped, Target, Targets, find_targets
+from trisparse.sparsity.targets import Skipped, Target, Targets, find_targets, is_peft_wrapped
 
 
 def sparsify(
@@ -76,7 +76,7 @@ def sparsify(
     together = isinstance(pattern, Unstructured) and pattern.scope == "global"
     if together and metric.needs_data and propagate != "dense":
         raise ValueError("sparsity with scope 'global' ranks all layers together: it needs propagate='dense'")
-    if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):
+    if is_peft_wrapped(model):
         raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
     targets = find_targets(model, include=include, exclude=exclude)
     check_pattern(targets.found, pattern)

@@ -144,6 +144,11 @@ def find_targets(
     return Targets(found, skipped, blocks)
 
 
+def is_peft_wrapped(model: nn.Module) -> bool:
+    """Whether ``model`` carries PEFT adapters, whose weights are no targets and whose layers hide theirs."""
+    return hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules())
+
+
 def find_blocks(model: nn.Module) -> list[Block]:
     """The repeated blocks: members of the outermost module lists whose members hold several modules.
 

@@ -137,18 +137,12 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model."""
     from trisparse.sparsity.perplexity import perplexity
-    from trisparse.sparsity.progress import progress_bar
+    from trisparse.sparsity.progress import counting_bar
     from trisparse.sparsity.text import load_text
 
     text = load_text(data, split="test")
     loaded, tokenizer, _ = _load(model)
-    with progress_bar("perplexity", 1) as advance:
-        seen = [0.0]
-
-        def progress(done: int, total: int) -> None:
-            advance(done / total - seen[0])
-            seen[0] = done / total
-
+    with counting_bar("perplexity") as progress:
         value = perplexity(loaded, text, tokenizer=tokenizer, seq_len=seq_len, max_tokens=max_tokens, progress=progress)
     result = {"model": model, "data": data, "seq_len": seq_len, "max_tokens": max_tokens, "perplexity": value}
     _print(result, f"perplexity {value:.3f}", as_json)

@@ -1,7 +1,7 @@
 import pytest
 from transformers.utils import logging
 
-from trisparse.sparsity.progress import progress_bar, quiet_transformers
+from trisparse.sparsity.progress import counting_bar, progress_bar, quiet_transformers
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -31,3 +31,10 @@ def test_a_terminal_sees_the_steps(capsys, monkeypatch):
     with progress_bar("work", 2, enabled=False) as advance:
         advance(2)
     assert capsys.readouterr().err == ""
+
+
+def test_counted_work_shows_done_and_total(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with counting_bar("windows") as progress:
+        progress(3, 8)
+    assert "3/8" in capsys.readouterr().err
