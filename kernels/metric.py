@@ -47,7 +47,9 @@ Written by trisparse.kernels.metric; a copy that is changed is written again.
 import triton
 import triton.language as tl
 
-from trisparse.kernels.metric_math import exp, log, maximum, minimum, over, standardise, tanh
+from trisparse.kernels.metric_math import (
+    exp, log, maximum, min_max_scaled, minimum, over, over_norm, standardised, tanh
+)
 '''
 _ARGUMENTS = "w, g, x, stats_ptr, row, i, rows, cols"
 

@@ -32,8 +32,9 @@ _SOURCE: dict[str, str] = {
     "maximum": "maximum({0}, {1})",
     "minimum": "minimum({0}, {1})",
     # What reductions leave behind:
-    "standardise": "standardise({0}, {1}, {2})",
-    "scale down": "standardise({0}, 0.0, {1})",
+    "mms": "min_max_scaled({0}, {1}, {2})",
+    "zsn": "standardised({0}, {1}, {2}, {3}, {4})",
+    "div": "over_norm({0}, {1})",
 }
 _ARITY = {"mms": 1, "zsn": 1, "norm2": 1, "norm1": 1, "div": 2, "rowsum": 1, "colsum": 1}
 _ARITY |= {"max": 1, "min": 1, "mean": 1, "skp": 1}
@@ -151,7 +152,7 @@ class Lowering:
         """The term with statistics in place of its reductions.
 
         Raises:
-            ValueError: an unknown operation, a wrong number of operands, or a sum over rows or columns of a number.
+            ValueError: an unknown operation, or a wrong number of operands.
         """
         if term not in self._done:
             self._done[term] = self._lower(term)
@@ -170,7 +171,7 @@ class Lowering:
         operands = tuple(self.lower(operand) for operand in term.operands)
         if name == "skp":
             return operands[0]
-        if name in _SOURCE:
+        if name in _SOURCE and name not in _REDUCED:
             return Term(name, operands)
         return _REDUCED[name](self, *operands)
 
@@ -199,21 +200,18 @@ class Lowering:
         return [stages[key] for key in sorted(stages)]
 
     def mms(self, x: Term) -> Term:
-        """(x - min) / (max - min); a number is constant, so 0."""
-        if shape_of(x) == NUMBER:
-            return Term("")
-        low, high = self._statistic("min", x), self._statistic("max", x)
-        return Term("standardise", (x, low, Term("sub", (high, low))))
+        """(x - min) / (max - min)."""
+        return Term("mms", (x, self.extreme("min", x), self.extreme("max", x)))
 
     def zsn(self, x: Term) -> Term:
-        """(x - mean) / std."""
+        """(x - mean) / std; 0 of a number."""
         if shape_of(x) == NUMBER:
             return Term("")
-        return Term("standardise", (x, self._statistic("mean", x), self._statistic("std", x)))
+        return Term("zsn", (x, *(self._statistic(kind, x) for kind in ("mean", "std", "min", "max"))))
 
     def div(self, x: Term, y: Term) -> Term:
         """x / norm2(y)."""
-        return Term("scale down", (x, self.norm2(y)))
+        return Term("div", (x, self.norm2(y)))
 
     def norm2(self, x: Term) -> Term:
         """The root of the sum of squares; |x| of a number."""
@@ -230,8 +228,6 @@ class Lowering:
     def sum_along(self, axis: int, x: Term) -> Term:
         """The sum of each row (axis 1) or column (axis 0)."""
         rows, cols = shape_of(x)
-        if (rows, cols) == NUMBER:
-            raise ValueError(f"{('colsum', 'rowsum')[axis]} of {x.text}, which is one number; it needs rows or columns")
         if axis == 1:
             if not cols:  # one column: each row is its own sum
                 return x

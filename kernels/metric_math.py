@@ -68,10 +68,22 @@ def minimum(a, b):
 @triton.jit
 def over(x, y):
     """x / y, correctly rounded; 0 where y is 0."""
-    return tl.where(y != 0, tl.div_rn(x, y), 0.0)
+    return tl.where(y == 0, 0.0, tl.div_rn(x, y))
 
 
 @triton.jit
-def standardise(x, shift, scale):
-    """(x - shift) / scale, correctly rounded; 0 unless scale > 0, so for a NaN scale, too."""
-    return tl.where(scale > 0, tl.div_rn(x - shift, scale), 0.0)
+def over_norm(x, norm):
+    """x / norm, correctly rounded; 0 where the norm is 0, and a NaN where it overflowed."""
+    return tl.where(norm == 0, 0.0, tl.div_rn(x, tl.where(norm == float("inf"), float("nan"), norm)))
+
+
+@triton.jit
+def min_max_scaled(x, low, high):
+    """(x - low) / (high - low), correctly rounded; 0 where these are equal."""
+    return tl.where(low == high, 0.0, tl.div_rn(x - low, high - low))
+
+
+@triton.jit
+def standardised(x, mean, deviation, low, high):
+    """(x - mean) / deviation, correctly rounded; 0 of a constant, whose deviation rounding may leave above 0."""
+    return tl.where((deviation == 0) | (low == high), 0.0, tl.div_rn(x - mean, deviation))
