@@ -5,10 +5,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from random import Random
 
 import pytest
 import torch
 from torch import Tensor
+
+from trisparse.kernels.select import select_rows_ref
+from trisparse.sparsity.metric.expression import Node
+from trisparse.sparsity.metric.library import METRICS
+from trisparse.sparsity.metric.operations import OPERATIONS
+from trisparse.sparsity.metric.parser import parse
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -58,3 +65,113 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     value = request.param
     assert isinstance(value, torch.dtype)
     return value
+
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="session")
+def library() -> dict[str, Node]:
+    """The trees of the metrics of the library, but for random, and some that reduce in every way."""
+    trees = {name: metric.root for name, metric in METRICS.items() if metric.root is not None}
+    more = {
+        "nested": "zsn(mms(W) * G) * (div(W, exp(X)) + tanh(norm2(rowsum(W))))",
+        "vectors": "W + zsn(X) * mms(rowsum(exp(-W))) - colsum(mean(X) * W)",
+        "numbers": "maximum(minimum(log(W), 0.25 * norm1(G)), min(W) / max(sqr(W))) + skp(pow(W))",
+    }
+    return {**trees, **{name: parse(text) for name, text in more.items()}}
+
+
+def _tree(random: Random, depth: int) -> Node:
+    if depth == 1 or random.random() < 0.08:
+        leaf = random.choice(["W", "W", "G", "X", ""])
+        return Node(leaf, number=0.0 if leaf else round(random.uniform(-2, 2), 2))
+    name = random.choice(sorted(OPERATIONS))
+    return Node(name, tuple(_tree(random, depth - 1) for _ in range(OPERATIONS[name].arity)))
+
+
+@pytest.fixture(scope="session")
+def trees() -> list[Node]:
+    """200 different random trees of all operations, of depth 2 to 5, whose value has the shape of W."""
+    random, found = Random(0), dict[Node, None]()
+    while len(found) < 200:
+        tree = _tree(random, random.randint(2, 5))
+        if all(tree.shape) and tree.depth > 1:
+            found[tree] = None
+    assert {node.data for tree in found for node in tree.walk()} >= set(OPERATIONS)
+    return list(found)
+
+
+@pytest.fixture(scope="session")
+def inputs() -> Callable[..., Inputs]:
+    """(W, G, X): W normal, G and X positive as the norms that they are; by shape, seed and the dtypes of W and G."""
+
+    def make(rows: int, cols: int, seed: int, w: torch.dtype = torch.float32, g: torch.dtype = torch.float32) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(rows, cols, generator=generator)
+        gradient = torch.rand(rows, cols, generator=generator) * 0.1
+        return weight.to(w), gradient.to(g), torch.rand(cols, generator=generator) + 0.1
+
+    return make
+
+
+def _in_fp64(node: Node, values: dict[str, Tensor]) -> Tensor:
+    if node.data in values:
+        return values[node.data]
+    if node.is_number:
+        return torch.full((1, 1), node.number, dtype=torch.float64)
+    return OPERATIONS[node.data].compute(*(_in_fp64(operand, values) for operand in node.operands))
+
+
+def _rounding(tree: Node, given: Inputs) -> float:
+    values = {name: value.double().cpu() for name, value in zip("WGX", given, strict=True)}
+    exact = _in_fp64(tree, {**values, "X": values["X"][None]})
+    error = (tree.evaluate(*given).double().cpu() - exact).abs()
+    return float(error[error.isfinite()].max()) if bool(error.isfinite().any()) else 0.0
+
+
+@pytest.fixture(scope="session")
+def same_score() -> Callable[[Tensor, Node, Inputs], None]:
+    """Assert that a score is torch's: it errs by no more than 4 times what torch does in fp32, and 4 units.
+
+    Torch's error, E, is the greatest in the matrix against fp64. NaN and Inf must be at the same places.
+    """
+
+    def check(score: Tensor, tree: Node, given: Inputs) -> None:
+        expected = tree.evaluate(*given)
+        assert score.shape == expected.shape
+        assert score.dtype == torch.float32
+        assert torch.equal(score.isnan(), expected.isnan()), tree
+        differ = (score != expected) & ~score.isnan()
+        if bool(differ.any()):
+            apart = (score[differ] - expected[differ]).abs()
+            bound = 4 * _rounding(tree, given) + 4 * 2.0**-23 * expected[differ].abs()
+            assert bool((apart <= bound).all()), (tree, float((apart / bound).max()))
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def same_mask() -> Callable[[Tensor, Node, Inputs, int, int], bool]:
+    """Assert that a mask keeps the k greatest scores of each group of ``size``, as torch scores them, up to ties.
+
+    The budget is exact; and where the mask differs from that of torch's scores, the score differs from the k-th of
+    its group by at most twice the bound of `same_score`: 8 E + 8 units. Returns whether the masks are equal.
+    """
+
+    def check(mask: Tensor, tree: Node, given: Inputs, k: int, size: int) -> bool:
+        score = tree.evaluate(*given)
+        expected = select_rows_ref(score.reshape(-1, size), k, absolute=False)
+        got = mask.reshape(-1, size)
+        assert bool((got.sum(1) == k).all()), tree
+        if torch.equal(got, expected):
+            return True
+        groups = score.reshape(-1, size)
+        kth = groups.sort(1, descending=True).values[:, k - 1 : k].expand_as(groups)
+        wrong = got != expected
+        apart = (groups[wrong] - kth[wrong]).abs()
+        bound = 8 * _rounding(tree, given) + 8 * 2.0**-23 * kth[wrong].abs()
+        assert bool((apart <= bound).all()), (tree, float((apart / bound).max()))
+        return False
+
+    return check
