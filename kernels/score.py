@@ -13,8 +13,9 @@ keys needs no float comparison, and 16-bit weights without X need half the bytes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -104,6 +105,69 @@ def check_writable(weight: Tensor, name: str) -> None:
     """Raise a ValueError when rows of ``weight`` share memory, so that writing one would change another."""
     if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
         raise ValueError(f"{name} has strides {weight.stride()}; its rows overlap: pass {name}.clone()")
+
+
+def check_disjoint(written: Mapping[str, Tensor], read: Mapping[str, Tensor | None]) -> None:
+    """Raise a ValueError when one of ``written``, by name, shares a byte with another of them or of ``read``.
+
+    ``written`` are [rows, cols] with an inner stride of 1 whose own rows do not overlap, ``read`` those or
+    vectors. Column slices of one buffer, as of a fused QKV weight, interleave but share nothing.
+    """
+    layouts = [(name, True, _layout(tensor)) for name, tensor in written.items() if _has_memory(tensor)]
+    layouts += [(name, False, _layout(t)) for name, t in read.items() if t is not None and _has_memory(t)]
+    layouts.sort(key=lambda item: item[2].first)
+    open_: list[tuple[str, bool, _Layout]] = []  # those that may reach beyond where the next one begins
+    for name, is_written, layout in layouts:
+        open_ = [item for item in open_ if item[2].end > layout.first]
+        for other, other_is_written, before in open_:
+            if (is_written or other_is_written) and _share(before, layout):
+                later, earlier = (name, other) if other_is_written else (other, name)
+                raise ValueError(
+                    f"{later} overlaps the memory of {earlier}, which is to be zeroed in place: pass a clone"
+                )
+        open_.append((name, is_written, layout))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """``rows`` runs of ``width`` bytes, the first at address ``first``, ``stride`` bytes apart."""
+
+    first: int
+    rows: int
+    width: int
+    stride: int
+
+    @property
+    def end(self) -> int:
+        return self.first + (self.rows - 1) * self.stride + self.width
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.device.type != "meta"
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    size = tensor.element_size()
+    if tensor.dim() == 1:
+        rows, stride, width = tensor.shape[0], tensor.stride(0), 1
+    else:
+        rows, stride, width = tensor.shape[0], tensor.stride(0), tensor.shape[1]
+    if stride == width:  # one run, contiguous
+        rows, width = 1, rows * width
+    elif stride == 0:  # an expanded vector
+        rows = 1
+    return _Layout(tensor.data_ptr(), rows, width * size, stride * size if rows > 1 else width * size)
+
+
+def _share(a: _Layout, b: _Layout) -> bool:
+    """Whether a run of ``a`` and one of ``b`` have a byte in common: exact for any two strides."""
+    if a.rows > b.rows:
+        a, b = b, a
+    first = a.first - b.first + np.arange(a.rows, dtype=np.int64) * a.stride
+    # Run j of b, from j * stride on, ends beyond first, and begins before first + width.
+    least = np.maximum((first - b.width) // b.stride + 1, 0)
+    most = np.minimum(-((-first - a.width) // b.stride) - 1, b.rows - 1)
+    return bool((least <= most).any())
 
 
 def raise_if_nan(flag: Tensor, name: str, x_name: str, x: Tensor | None) -> None:
