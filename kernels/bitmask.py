@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trisparse.kernels.launch import by_kernel
 from trisparse.kernels.operation import Operation
-from trisparse.kernels.score import check_disjoint, check_inner, check_weight, check_writable
+from trisparse.kernels.score import check_disjoint, check_inner, check_weight, check_writable, is_int
 
 
 def _check_2d(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
@@ -32,7 +32,7 @@ def _check_2d(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
 
 
 def _check_cols(cols: int, packed: Tensor) -> None:
-    if isinstance(cols, bool) or not isinstance(cols, int) or cols < 0 or -(-cols // 8) != packed.shape[1]:
+    if not is_int(cols) or cols < 0 or -(-cols // 8) != packed.shape[1]:
         high = 8 * packed.shape[1]
         allowed = f"{max(0, high - 7)}..{high}"
         raise ValueError(f"cols is {cols!r}; {packed.shape[1]} bytes a row hold {allowed} columns")

@@ -41,6 +41,7 @@ from trisparse.kernels.score import (
     check_writable,
     check_x,
     checked_score_ref,
+    is_int,
     raise_if_nan,
     run_chunks,
     score_ref,
@@ -52,7 +53,7 @@ MAX_M = 32  # a group fits one 32-bit word of a packed mask
 def check_nm(n: int, m: int, size: int, what: str = "columns") -> None:
     """Raise a ValueError unless 1 <= n < m <= 32 and ``size`` (of ``what``) is a multiple of ``m``."""
     for name, value in (("n", n), ("m", m)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_int(value):
             raise ValueError(f"{name} is {value!r}; it must be an int")
     if not 2 <= m <= MAX_M:
         raise ValueError(f"m is {m}; it must be in 2..{MAX_M}")

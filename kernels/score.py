@@ -176,9 +176,14 @@ def raise_if_nan(flag: Tensor, name: str, x_name: str, x: Tensor | None) -> None
         raise nan_error(name, x_name, x)
 
 
+def is_int(value: object) -> bool:
+    """Whether it is an int, or what stands for one while torch traces with dynamic shapes; a bool is none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def check_budget(k: int, limit: int, what: str) -> None:
     """Raise a ValueError unless ``k`` is an int in 0..limit."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= limit:
+    if not is_int(k) or not 0 <= k <= limit:
         raise ValueError(f"k is {k!r}; it must be an int in 0..{limit} ({what})")
 
 

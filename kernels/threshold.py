@@ -116,14 +116,13 @@ def select_global(
             check_writable(weight, f"weights[{i}]")
     if not weights:
         return []
-    operation = _IN_PLACE if apply else _FUNCTIONAL
-    return operation(
-        [weight.detach() for weight in weights],
-        k,
-        [None if x is None else x.detach() for x in vectors],
-        absolute,
-        out,
-    )
+    parts = [weight.detach() for weight in weights]
+    vectors = [None if x is None else x.detach() for x in vectors]
+    if not apply:
+        return _FUNCTIONAL(parts, k, vectors, absolute, out)
+    masks = _result(parts, k, vectors, absolute, out)
+    _IN_PLACE(parts, masks, k, vectors, absolute, out)
+    return masks
 
 
 def _run(weights: Sequence[Tensor], k: int, xs: Sequence[Tensor | None], absolute: bool, out: str) -> list[Tensor]:
@@ -131,11 +130,17 @@ def _run(weights: Sequence[Tensor], k: int, xs: Sequence[Tensor | None], absolut
 
 
 def _run_in_place(
-    weights: Sequence[Tensor], k: int, xs: Sequence[Tensor | None], absolute: bool, out: str
-) -> list[Tensor]:
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    k: int,
+    xs: Sequence[Tensor | None],
+    absolute: bool,
+    out: str,
+) -> None:
     written = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
     check_disjoint(written, {f"xs[{i}]": x for i, x in enumerate(xs)})
-    return _select(weights, k, xs, absolute, out, apply=True)
+    for mask, selected in zip(masks, _select(weights, k, xs, absolute, out, apply=True), strict=True):
+        mask.copy_(selected)
 
 
 def _result(weights: Sequence[Tensor], k: int, xs: Sequence[Tensor | None], absolute: bool, out: str) -> list[Tensor]:
@@ -143,7 +148,14 @@ def _result(weights: Sequence[Tensor], k: int, xs: Sequence[Tensor | None], abso
 
 
 _FUNCTIONAL = Operation("select_global", _run, _result, reads_back=True)
-_IN_PLACE = Operation("select_global_", _run_in_place, _result, mutates=("weights",), reads_back=True)
+# The masks are an argument, since torch functionalises no operation that both mutates and returns a list.
+_IN_PLACE = Operation(
+    "select_global_",
+    _run_in_place,
+    lambda weights, masks, k, xs, absolute, out: None,
+    mutates=("weights", "masks"),
+    reads_back=True,
+)
 
 
 def _select(
