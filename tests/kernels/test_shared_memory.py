@@ -24,6 +24,9 @@ def normal(*shape):
         lambda w: [w[::2], w[1::2]],
         lambda w: [w[:, :64], w[2:, 100:]],
         lambda w: [w[:, :64], w[::2, 64:]],
+        lambda w: [w[:2, :64], w[1:, 64:]],
+        # Where the first would go on, in a fourth row, the second has a row; strides 192 and 320.
+        lambda w: [w[:3, :64], w.as_strided((2, 8), (320, 1), 256)],
     ],
 )
 def test_slices_of_a_fused_weight_are_allowed(slices):
