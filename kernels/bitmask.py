@@ -173,7 +173,7 @@ def _apply(weight: Tensor, packed: Tensor) -> None:
 
         unpack_triton(packed, weight, apply=True)
     else:
-        weight.masked_fill_(~_unpack(packed, weight.shape[1]), 0)
+        weight.masked_fill_(_unpack(~packed, weight.shape[1]), 0)  # inverted while it is small
 
 
 _APPLY = Operation("apply_bits_", _apply, lambda weight, packed: None, mutates=("weight",))
