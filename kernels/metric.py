@@ -50,8 +50,9 @@ import triton.language as tl
 from trisparse.kernels.metric_math import (
     exp, log, maximum, min_max_scaled, minimum, over, over_norm, standardised, tanh
 )
+from trisparse.kernels.score_triton import widen
 '''
-_ARGUMENTS = "w, g, x, stats_ptr, row, i, rows, cols"
+_ARGUMENTS = "w, m, row, i, there"
 
 
 class Expression(Protocol):
@@ -125,7 +126,11 @@ class CompiledMetric:
 
     @property
     def function(self) -> Any:
-        """The Triton function (w, g, x, stats_ptr, row, i, rows, cols) -> score, all fp32, element by element."""
+        """The Triton function ``score(w, m, row, i, there)`` -> fp32, element by element.
+
+        ``w`` are weights in fp32 of the row ``row`` and the columns ``i``, of which those exist that are ``there``
+        (a mask of w's shape); ``m`` = (g_ptr, stride_g, x_ptr, stats_ptr, rows, cols), as `MetricInputs` gives them.
+        """
         return self.module.score
 
     def check(self, weight: Tensor, g: Tensor | None, x: Tensor | None, names: tuple[str, str, str]) -> None:
@@ -177,9 +182,11 @@ def score(metric: CompiledMetric, weight: Tensor, *, g: Tensor | None = None, x:
     metric.check(weight, g, x, ("weight", "g", "x"))
     if not metric.fused(weight, g):
         return metric.evaluate(weight, g, x)
-    from trisparse.kernels.metric_triton import score_triton  # Triton is there on Linux only
+    from trisparse.kernels.metric_triton import MetricInputs  # Triton is there on Linux only
 
-    return score_triton(metric, weight.detach(), g, x)
+    if not weight.numel():
+        return weight.new_empty(weight.shape, dtype=torch.float32)
+    return MetricInputs(metric, weight.detach(), g, x).scores()
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,8 +238,18 @@ def _function(name: str, values: Sequence[Term], about: str, single: bool = Fals
     names: dict[Term, str] = {}
     results = [value.emit(lines, names) for value in values]
     result = results[0] if single else f"({''.join(r + ', ' for r in results)})"
-    body = "\n".join(f"    {line}" for line in [*lines, f"return {result}"])
+    lines = [*_loads(frozenset().union(*(value.inputs for value in values))), *lines, f"return {result}"]
+    body = "\n".join(f"    {line}" for line in lines)
     return f'@triton.jit\ndef {name}({_ARGUMENTS}):\n    """{about}"""\n{body}\n'
+
+
+def _loads(reads: frozenset[str]) -> list[str]:
+    lines = ["g_ptr, stride_g, x_ptr, stats_ptr, rows, cols = m"]
+    if "G" in reads:
+        lines.append("g = widen(tl.load(g_ptr + row * stride_g + i, mask=there, other=0.0))")
+    if "X" in reads:
+        lines.append("x = tl.load(x_ptr + i, mask=i < cols, other=0.0)")
+    return lines
 
 
 def _import(source: str) -> ModuleType:

@@ -10,6 +10,8 @@ https://doi.org/10.1080/00031305.1983.10483115), so that one read does and nothi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -32,25 +34,10 @@ def min_or_nan(a, b):
 
 
 @triton.jit
-def score_of(
-    w, g_ptr, x_ptr, stats_ptr, row, i, rows, cols, there,
-    SCORE: tl.constexpr, HAS_G: tl.constexpr, HAS_X: tl.constexpr,
-):  # fmt: skip
-    """fp32 scores of loaded weights; `g_ptr` points at their row, `i` are their columns, `there` which exist."""
-    v = widen(w)
-    g, x = v, v
-    if HAS_G:
-        g = widen(tl.load(g_ptr + i, mask=there, other=0.0))
-    if HAS_X:
-        x = tl.load(x_ptr + i, mask=i < cols, other=0.0)
-    return SCORE(v, g, x, stats_ptr, row, i, rows, cols)
-
-
-@triton.jit
 def statistics_kernel(
     w_ptr,  # [rows, cols] if HAS_W, rows stride_w apart
-    g_ptr,  # [rows, cols] if HAS_G, rows stride_g apart
-    x_ptr,  # [cols] fp32 if HAS_X
+    g_ptr,  # [rows, cols] if the values read G, rows stride_g apart
+    x_ptr,  # [cols] fp32 if they read X
     stats_ptr,  # what earlier passes found
     tile_ptr,  # [numbers, tiles] fp32
     row_ptr,  # [row sums, extent_rows, tiles of a row] fp32
@@ -66,27 +53,19 @@ def statistics_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     HAS_W: tl.constexpr,
-    HAS_G: tl.constexpr,
-    HAS_X: tl.constexpr,
 ):
     """One tile [R, C]."""
     across = tl.cdiv(extent_cols, C)
     down = tl.cdiv(extent_rows, R)
     tile = tl.program_id(0)
     tiles = across * down
-    row = (tile // across) * R + tl.arange(0, R)[:, None]
+    row = ((tile // across) * R + tl.arange(0, R)[:, None]).to(tl.int64)
     i = (tile % across) * C + tl.arange(0, C)[None, :]
     there = (row < extent_rows) & (i < extent_cols)
     w = 0.0
-    g = 0.0
-    x = 0.0
     if HAS_W:
-        w = widen(tl.load(w_ptr + row.to(tl.int64) * stride_w + i, mask=there, other=0.0))
-    if HAS_G:
-        g = widen(tl.load(g_ptr + row.to(tl.int64) * stride_g + i, mask=there, other=0.0))
-    if HAS_X:
-        x = tl.load(x_ptr + i, mask=i < cols, other=0.0)
-    values = VALUES(w, g, x, stats_ptr, row, i, rows, cols)
+        w = widen(tl.load(w_ptr + row * stride_w + i, mask=there, other=0.0))
+    values = VALUES(w, (g_ptr, stride_g, x_ptr, stats_ptr, rows, cols), row, i, there)
     number = 0
     row_number = 0
     col_number = 0
@@ -129,8 +108,8 @@ def statistics_kernel(
 @triton.jit
 def score_kernel(
     w_ptr,  # [rows, cols], rows stride_w apart
-    g_ptr,  # [rows, cols] if HAS_G, rows stride_g apart
-    x_ptr,  # [cols] fp32 if HAS_X
+    g_ptr,  # [rows, cols] if the metric reads G, rows stride_g apart
+    x_ptr,  # [cols] fp32 if it reads X
     stats_ptr,
     score_ptr,  # [rows, cols] fp32
     rows,
@@ -138,55 +117,52 @@ def score_kernel(
     stride_w,
     stride_g,
     SCORE: tl.constexpr,
-    HAS_G: tl.constexpr,
-    HAS_X: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """BLOCK columns of one row."""
     across = tl.cdiv(cols, BLOCK)
     row = (tl.program_id(0) // across).to(tl.int64)
     i = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(w_ptr + row * stride_w + i, mask=i < cols, other=0.0)
-    s = score_of(
-        w, g_ptr + row * stride_g, x_ptr, stats_ptr, row, i, rows, cols, i < cols, SCORE, HAS_G, HAS_X
-    )
-    tl.store(score_ptr + row * cols + i, s + tl.zeros([BLOCK], tl.float32), mask=i < cols)
+    w = widen(tl.load(w_ptr + row * stride_w + i, mask=i < cols, other=0.0))
+    s = SCORE(w, (g_ptr, stride_g, x_ptr, stats_ptr, rows, cols), row, i, i < cols)
+    tl.store(score_ptr + row * cols + i, s, mask=i < cols)
 
 
-def score_triton(metric: CompiledMetric, weight: Tensor, g: Tensor | None, x: Tensor | None) -> Tensor:
-    """The score matrix of checked inputs."""
-    rows, cols = weight.shape
-    out = weight.new_empty(rows, cols, dtype=torch.float32)
-    if not out.numel():
-        return out
-    block = min(1024, triton.next_power_of_2(cols))
-    inputs = Inputs(metric, weight, g, x)
-    launch(
-        score_kernel,
-        (rows * triton.cdiv(cols, block),),
-        weight,
-        inputs.g,
-        inputs.x,
-        inputs.statistics,
-        out,
-        rows,
-        cols,
-        weight.stride(0),
-        inputs.g.stride(0),
-        BLOCK=block,
-        **inputs.constants,
-    )
-    return out
+@triton.jit
+def sample_kernel(
+    w_ptr,  # [rows, cols], rows stride_w apart
+    g_ptr,  # [rows, cols] if the metric reads G, rows stride_g apart
+    x_ptr,  # [cols] fp32 if it reads X
+    stats_ptr,
+    row_ptr,  # [count] int64
+    col_ptr,  # [count] int64
+    score_ptr,  # [count] fp32
+    count,
+    rows,
+    cols,
+    stride_w,
+    stride_g,
+    SCORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scores of single elements."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = n < count
+    row = tl.load(row_ptr + n, mask=there, other=0)
+    i = tl.load(col_ptr + n, mask=there, other=0)
+    w = widen(tl.load(w_ptr + row * stride_w + i, mask=there, other=0.0))
+    s = SCORE(w, (g_ptr, stride_g, x_ptr, stats_ptr, rows, cols), row, i, there)
+    tl.store(score_ptr + n, s, mask=there)
 
 
-class Inputs:
+class MetricInputs:
     """What kernels that score on the fly take besides the weight; making it runs the metric's passes.
 
     Attributes:
-        g: [rows, cols]; a stand-in where the score does not read G.
+        g: [rows, cols]; a stand-in where the metric does not read G.
         x: [cols] fp32, or a stand-in.
         statistics: fp32 buffer, laid out as `Slot.load` reads it.
-        constants: SCORE, HAS_G, HAS_X, and that products and sums are not contracted.
+        constants: SCORE, and that products and sums are not contracted.
     """
 
     def __init__(self, metric: CompiledMetric, weight: Tensor, g: Tensor | None, x: Tensor | None) -> None:
@@ -200,17 +176,33 @@ class Inputs:
             COLUMN: self.statistics[scalars : scalars + count[COLUMN] * cols].view(-1, cols),
             ROW: self.statistics[scalars + count[COLUMN] * cols : size].view(-1, rows),
         }
-        self.x = self.statistics if x is None else x.detach().to(torch.float32)
+        self.x = self.statistics if x is None else x.detach().to(torch.float32).contiguous()
         self.g = weight if g is None else g.detach()
         self._weight, self._metric = weight, metric
-        self.constants = {
-            "SCORE": metric.function,
-            "HAS_G": "G" in metric.score_reads,
-            "HAS_X": "X" in metric.score_reads,
-            "enable_fp_fusion": False,
-        }
+        self.constants = {"SCORE": metric.function, "enable_fp_fusion": False}
         for part in metric.passes:
             self._run(part)
+
+    def scores(self) -> Tensor:
+        """The score matrix, fp32 [rows, cols]."""
+        rows, cols = self._weight.shape
+        out = self._weight.new_empty(rows, cols, dtype=torch.float32)
+        block = min(1024, triton.next_power_of_2(cols))
+        self._launch(score_kernel, rows * triton.cdiv(cols, block), out, rows, cols, BLOCK=block)
+        return out
+
+    def scores_at(self, row: Tensor, col: Tensor) -> Tensor:
+        """The scores of single elements, fp32 [count]; row and col are int64 [count]."""
+        count = row.numel()
+        out = self._weight.new_empty(count, dtype=torch.float32)
+        programs = triton.cdiv(count, 256)
+        self._launch(sample_kernel, programs, row, col, out, count, *self._weight.shape, BLOCK=256)
+        return out
+
+    def _launch(self, kernel: Any, programs: int, *args: Any, BLOCK: int) -> None:
+        strides = self._weight.stride(0), self.g.stride(0)
+        inputs = self._weight, self.g, self.x, self.statistics
+        launch(kernel, (programs,), *inputs, *args, *strides, BLOCK=BLOCK, **self.constants)
 
     def _run(self, part: Pass) -> None:
         """One pass: partial reductions by the kernel, then the rest in torch."""
@@ -249,8 +241,6 @@ class Inputs:
             R=r,
             C=c,
             HAS_W="W" in part.reads,
-            HAS_G="G" in part.reads,
-            HAS_X="X" in part.reads,
             enable_fp_fusion=False,
         )
         tiles, by_row, by_col = iter(tile_sums), iter(row_sums), iter(col_sums)

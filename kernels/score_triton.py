@@ -20,3 +20,33 @@ def widen(w):
 def max_or_nan(a, b):
     """The greater; a NaN when either is one."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_score(
+    w_ptr, source, i, left, HAS_X: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr, SCORE: tl.constexpr
+):
+    """(weights, scores) of the columns i, of which those below `left` exist, all of them if EXACT; the rest score 0.
+
+    `source` is the pointer to x; with SCORE, a metric's function (kernels/metric.py), it is (m, the row, the column of
+    the first i).
+    """
+    if EXACT:
+        w = tl.load(w_ptr + i)
+    else:
+        w = tl.load(w_ptr + i, mask=i < left, other=0.0)
+    s = widen(w)
+    if SCORE is not None:
+        there = tl.full(w.shape, True, tl.int1) if EXACT else i < left
+        s = SCORE(s, source[0], source[1], source[2] + i, there)
+        if not EXACT:
+            s = tl.where(there, s, 0.0)
+    else:
+        if ABSOLUTE:
+            s = tl.abs(s)
+        if HAS_X:
+            if EXACT:
+                s = s * tl.load(source + i)
+            else:
+                s = s * tl.load(source + i, mask=i < left, other=0.0)
+    return w, s
