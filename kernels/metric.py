@@ -36,7 +36,7 @@ from torch import Tensor
 from trisparse.kernels.cache import cache_folder
 from trisparse.kernels.launch import by_kernel
 from trisparse.kernels.metric_lower import FULL, Lowering, Shape, Term, shape_of
-from trisparse.kernels.score import DTYPES, check_inner, check_weight, check_x
+from trisparse.kernels.score import DTYPES, check_inner, check_weight, check_x, nan_error
 
 _HEADER = '''"""{text}
 
@@ -100,6 +100,7 @@ class CompiledMetric:
         text: the tree as nested calls, a comment of the source.
         reads: which of W, G and X the metric reads.
         score_reads: which of them the score function itself reads; the others only enter a statistic.
+        negative: whether scores are expected below 0; kernels are right in either case, but faster when told.
         statistics: (kind, shape) of each reduction; the scalars stand first in the buffer, then those per column,
             then those per row.
         passes: in the order in which they must run.
@@ -110,6 +111,7 @@ class CompiledMetric:
     text: str
     reads: frozenset[str]
     score_reads: frozenset[str]
+    negative: bool
     statistics: tuple[tuple[str, Shape], ...]
     passes: tuple[Pass, ...]
     source: str
@@ -153,6 +155,13 @@ class CompiledMetric:
         """The score matrix in plain torch, fp32 [rows, cols]."""
         return self.expression.evaluate(weight.detach(), g, x)
 
+    def scores(self, weight: Tensor, g: Tensor | None, x: Tensor | None, name: str) -> Tensor:
+        """`evaluate` for a selection to rank: a NaN is a ValueError."""
+        score = self.evaluate(weight, g, x)
+        if bool(score.isnan().any()):
+            raise nan_error(f"{self.text} of {name}", "", None)
+        return score
+
     def fused(self, weight: Tensor, g: Tensor | None) -> bool:
         """Whether kernels score on the fly here; fp64 and devices without kernels take `evaluate`."""
         return by_kernel(weight) and torch.float64 not in (weight.dtype, None if g is None else g.dtype)
@@ -165,6 +174,23 @@ def compile_metric(expression: Expression) -> CompiledMetric:
         ValueError: an unknown operation, a wrong number of operands, or a value that has not the shape of W.
     """
     return _compile(_Tree(expression, _term(expression)))
+
+
+def check_inputs(
+    score: CompiledMetric | None,
+    weight: Tensor,
+    g: Tensor | None,
+    x: Tensor | None,
+    names: tuple[str, str, str] = ("weight", "g", "x"),
+) -> None:
+    """The checks of what a selection ranks by: a metric, or |W| or W times X, where ``g`` has no place."""
+    if score is not None:
+        score.check(weight, g, x, names)
+        return
+    check_weight(weight, names[0])
+    check_x(x, weight, names[2])
+    if g is not None:
+        raise ValueError(f"{names[1]} is given without a score, the metric that reads it")
 
 
 def score(metric: CompiledMetric, weight: Tensor, *, g: Tensor | None = None, x: Tensor | None = None) -> Tensor:
@@ -227,6 +253,7 @@ def _compile(tree: _Tree) -> CompiledMetric:
         text=tree.term.text,
         reads=tree.term.inputs,
         score_reads=root.inputs,
+        negative=not root.nonnegative,
         statistics=tuple((s.kind, s.result) for s in lowering.slots),
         passes=tuple(passes),
         source="\n\n".join(parts),

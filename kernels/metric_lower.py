@@ -79,6 +79,22 @@ class Term:
         own = set() if self.slot is None else {self.slot}
         return frozenset(own).union(*(operand.slots for operand in self.operands))
 
+    @cached_property
+    def nonnegative(self) -> bool:
+        """Whether its sign shows that it is never below 0, if G and X, norms and means of squares, are not."""
+        if self.slot is not None:
+            return self.slot.kind in ("norm1", "norm2", "std") or self.slot.value.nonnegative
+        signs = [operand.nonnegative for operand in self.operands]
+        if not self.data:
+            return self.number >= 0
+        if self.data == "mul":
+            return all(signs) or self.operands[0] == self.operands[1]
+        if self.data in ("add", "ratio", "minimum", "tanh"):
+            return all(signs)
+        if self.data in ("maximum", "div"):
+            return any(signs) if self.data == "maximum" else signs[0]
+        return self.data in ("G", "X", "abs", "sqr", "pow", "exp", "sqrt", "mms")
+
     def emit(self, lines: list[str], names: dict[Term, str]) -> str:
         """The name of the value, after appending to ``lines`` what computes it; equal subtrees are computed once."""
         if self.data in _INPUTS:

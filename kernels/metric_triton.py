@@ -162,6 +162,7 @@ class MetricInputs:
         g: [rows, cols]; a stand-in where the metric does not read G.
         x: [cols] fp32, or a stand-in.
         statistics: fp32 buffer, laid out as `Slot.load` reads it.
+        text, negative: the metric's.
         constants: SCORE, and that products and sums are not contracted.
     """
 
@@ -178,9 +179,10 @@ class MetricInputs:
         }
         self.x = self.statistics if x is None else x.detach().to(torch.float32).contiguous()
         self.g = weight if g is None else g.detach()
+        self.text, self.negative = metric.text, metric.negative
         self._weight, self._metric = weight, metric
         self.constants = {"SCORE": metric.function, "enable_fp_fusion": False}
-        for part in metric.passes:
+        for part in metric.passes if weight.numel() else ():
             self._run(part)
 
     def scores(self) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trisparse.kernels.bitmask import empty_mask, pack_bits
 from trisparse.kernels.launch import by_kernel
+from trisparse.kernels.metric import CompiledMetric, check_inputs
 from trisparse.kernels.operation import Operation
 from trisparse.kernels.score import (
     Chunks,
@@ -47,6 +48,8 @@ def select_rows(
     *,
     x: Tensor | None = None,
     absolute: bool = True,
+    score: CompiledMetric | None = None,
+    g: Tensor | None = None,
     out: str = "mask",
     apply: bool = False,
 ) -> Tensor:
@@ -57,6 +60,9 @@ def select_rows(
         k: how many to keep in each row, 0 <= k <= cols.
         x: None, or [cols] of a float dtype on the weight's device; the score is multiplied by it in fp32.
         absolute: rank by ``|weight|``; False ranks by ``weight`` itself, which then is the score.
+        score: rank by this metric instead, from `trisparse.kernels.metric.compile_metric`; ``absolute`` is then not
+            read. On a device the kernel scores on the fly, else torch does beforehand.
+        g: [rows, cols] of a float dtype, the inner dimension contiguous; needed if the metric reads G.
         out: "mask", or "packed" for the packed bits of kernels/bitmask.py.
         apply: also zero the others in ``weight``, in place.
 
@@ -67,12 +73,13 @@ def select_rows(
         ValueError: a wrong dtype, shape, stride, device, ``k`` or ``out``, overlapping memory, or a NaN score
             (then ``weight`` may have been zeroed in part where ``apply`` was asked).
     """
-    check_weight(weight, "weight")
-    check_x(x, weight, "x")
+    check_inputs(score, weight, g, x)
     check_budget(k, weight.shape[1], "the columns of weight")
     check_out(out, ("mask", "packed"))
     if apply:
         check_writable(weight, "weight")
+    if score is not None:
+        return _select_scored(weight.detach(), k, x, score, g, out, apply)
     operation = _IN_PLACE if apply else _FUNCTIONAL
     return operation(weight.detach(), k, None if x is None else x.detach(), absolute, out)
 
@@ -106,13 +113,42 @@ def _select(weight: Tensor, k: int, x: Tensor | None, absolute: bool, out: str, 
     return pack_bits(mask) if out == "packed" else mask
 
 
-def _by_kernel(weight: Tensor, k: int, x: Tensor | None, absolute: bool, out: str, apply: bool) -> Tensor:
-    from trisparse.kernels.select_triton import select_rows_triton  # Triton is there on Linux only
+def _select_scored(
+    weight: Tensor, k: int, x: Tensor | None, score: CompiledMetric, g: Tensor | None, out: str, apply: bool
+) -> Tensor:
+    if apply:
+        check_disjoint({"weight": weight}, {"x": x, "g": g})
+    if score.fused(weight, g):
+        return _by_kernel(weight, k, x, False, out, apply, score, g)
+    mask = _select(score.scores(weight, g, x, "weight"), k, None, False, "mask", apply=False)
+    if apply:
+        weight.masked_fill_(~mask, 0)
+    return pack_bits(mask) if out == "packed" else mask
+
+
+def _by_kernel(
+    weight: Tensor,
+    k: int,
+    x: Tensor | None,
+    absolute: bool,
+    out: str,
+    apply: bool,
+    score: CompiledMetric | None = None,
+    g: Tensor | None = None,
+) -> Tensor:
+    from trisparse.kernels.metric_triton import MetricInputs  # Triton is there on Linux only
+    from trisparse.kernels.select_triton import select_rows_triton
 
     result = empty_mask(weight, out)
+    if not weight.numel():
+        return result
     nan = weight.new_zeros(1, dtype=torch.int32)
-    select_rows_triton(weight, k, x=x, absolute=absolute, zero=apply, outputs={out: result}, nan=nan)
-    raise_if_nan(nan, "weight", "x", x)
+    metric = None if score is None else MetricInputs(score, weight, g, x)
+    select_rows_triton(weight, k, x=x, absolute=absolute, metric=metric, zero=apply, outputs={out: result}, nan=nan)
+    if score is None:
+        raise_if_nan(nan, "weight", "x", x)
+    else:
+        raise_if_nan(nan, f"{score.text} of weight", "", None)
     return result
 
 

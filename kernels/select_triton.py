@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trisparse.kernels.launch import launch, target
-from trisparse.kernels.score_triton import widen
+from trisparse.kernels.metric_triton import MetricInputs
+from trisparse.kernels.score_triton import load_score
 
 MAX_HELD = 32768  # columns whose scores fit the registers of one program; wider rows are read again for each count
 
@@ -39,27 +40,11 @@ def _key(s):
 
 
 @triton.jit
-def _score(w_ptr, x_ptr, i, cols, HAS_X: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr):
-    """(weights, scores) of the columns i; EXACT: all of them exist, else those that do not score 0."""
-    if EXACT:
-        w = tl.load(w_ptr + i)
-    else:
-        w = tl.load(w_ptr + i, mask=i < cols, other=0.0)
-    s = widen(w)
-    if ABSOLUTE:
-        s = tl.abs(s)
-    if HAS_X:
-        if EXACT:
-            s = s * tl.load(x_ptr + i)
-        else:
-            s = s * tl.load(x_ptr + i, mask=i < cols, other=0.0)
-    return w, s
-
-
-@triton.jit
-def _keys_again(w_ptr, x_ptr, i, cols, floor, ceiling, HAS_X: tl.constexpr, ABSOLUTE: tl.constexpr):
+def _keys_again(
+    w_ptr, source, i, cols, floor, ceiling, HAS_X: tl.constexpr, ABSOLUTE: tl.constexpr, SCORE: tl.constexpr
+):
     """Keys of the columns i of a row that is too wide to be held."""
-    _, s = _score(w_ptr, x_ptr, i, cols, HAS_X, ABSOLUTE, False)
+    _, s = load_score(w_ptr, source, i, cols, HAS_X, ABSOLUTE, False, SCORE)
     return tl.where(i < cols, tl.minimum(tl.maximum(_key(s), floor), ceiling), floor)
 
 
@@ -108,12 +93,16 @@ def _count(quarters, t):
 
 
 @triton.jit
-def _count_again(w_ptr, x_ptr, t, cols, floor, ceiling, HAS_X: tl.constexpr, ABSOLUTE: tl.constexpr, CHUNK: tl.constexpr):
+def _count_again(
+    w_ptr, source, t, cols, floor, ceiling,
+    HAS_X: tl.constexpr, ABSOLUTE: tl.constexpr, SCORE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """The same for a row that is too wide to be held; columns that do not exist never reach t > floor."""
     i = tl.arange(0, CHUNK)
     n = tl.zeros([CHUNK], tl.int32)
     for start in range(0, cols, CHUNK):
-        n += (_keys_again(w_ptr, x_ptr, start + i, cols, floor, ceiling, HAS_X, ABSOLUTE) >= t).to(tl.int32)
+        key = _keys_again(w_ptr, source, start + i, cols, floor, ceiling, HAS_X, ABSOLUTE, SCORE)
+        n += (key >= t).to(tl.int32)
     return tl.sum(n, 0)
 
 
@@ -180,21 +169,27 @@ def _emit(
 def select_rows_kernel(
     w_ptr,  # [rows, cols], rows stride_w apart; zeroed in place if ZERO
     x_ptr,  # [cols] fp32 if HAS_X
+    g_ptr,  # [rows, cols] if SCORE reads G, rows stride_g apart
+    stats_ptr,  # the statistics that SCORE reads
     least_ptr,  # [1] int32 if HAS_X: the least of the bits of x; negative when an x is, or is -0
     mask_ptr,  # [rows, cols] bytes 0 and 1 if MASK
     packed_ptr,  # [rows, ceil(cols / 8)] bits if PACKED
     nan_ptr,  # [1] int32, set when a score is a NaN
+    rows,
     cols,
     k,
     guess,  # the k-th score of a normal row, over the mean of |score|
     slope,  # by how much it falls, over that mean, for each further column kept, over cols
     stride_w,
+    stride_g,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     HELD: tl.constexpr,
     SHIFT: tl.constexpr,
     HAS_X: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    SCORE: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # whether scores of SCORE are expected to be
     ZERO: tl.constexpr,
     MASK: tl.constexpr,
     PACKED: tl.constexpr,
@@ -205,6 +200,9 @@ def select_rows_kernel(
     mask_ptr += row * cols
     packed_ptr += row * tl.cdiv(cols, 8)
     i = tl.arange(0, CHUNK)
+    source = x_ptr
+    if SCORE is not None:
+        source = ((g_ptr, stride_g, x_ptr, stats_ptr, rows, cols), row, 0)
     signed = not ABSOLUTE
     if HAS_X and ABSOLUTE:
         signed = tl.load(least_ptr) < 0
@@ -214,7 +212,7 @@ def select_rows_kernel(
     if HELD:
         scores = ()
         for c in tl.static_range(CHUNKS):
-            _, s = _score(w_ptr, x_ptr, c * CHUNK + i, cols, HAS_X, ABSOLUTE, c < CHUNKS - 1)
+            _, s = load_score(w_ptr, source, c * CHUNK + i, cols, HAS_X, ABSOLUTE, c < CHUNKS - 1, SCORE)
             scores = scores + (s,)
         total = scores[0]
         for c in tl.static_range(1, CHUNKS):
@@ -223,6 +221,11 @@ def select_rows_kernel(
             keys = keys + (scores[c].to(tl.int32, bitcast=True),)
         s = scores[CHUNKS - 1].to(tl.int32, bitcast=True)
         keys = keys + (tl.where((CHUNKS - 1) * CHUNK + i < cols, s, -1),)
+        if SCORE is not None and not NEGATIVE:
+            signs = keys[0]
+            for c in tl.static_range(1, CHUNKS):
+                signs |= keys[c]
+            signed = tl.min(signs, 0) < 0
         if signed:
             total = tl.abs(scores[0])
             for c in tl.static_range(1, CHUNKS):
@@ -239,10 +242,10 @@ def select_rows_kernel(
     else:
         total = tl.zeros([CHUNK], tl.float32)
         for start in range(0, cols, CHUNK):
-            _, s = _score(w_ptr, x_ptr, start + i, cols, HAS_X, ABSOLUTE, False)
+            _, s = load_score(w_ptr, source, start + i, cols, HAS_X, ABSOLUTE, False, SCORE)
             total += tl.abs(s)
         if signed:
-            n = _count_again(w_ptr, x_ptr, 0, cols, -1, 0x7FFFFFFF, HAS_X, ABSOLUTE, CHUNK)
+            n = _count_again(w_ptr, source, 0, cols, -1, 0x7FFFFFFF, HAS_X, ABSOLUTE, SCORE, CHUNK)
     mean = tl.sum(total, 0) / cols
     # The search stays on the side of 0 where the threshold is. The keys of the other side all move to its
     # end, so that no difference of two keys overflows.
@@ -283,7 +286,7 @@ def select_rows_kernel(
         if HELD:
             n = _count(quarters, q << SHIFT)
         else:
-            n = _count_again(w_ptr, x_ptr, q << SHIFT, cols, floor, ceiling, HAS_X, ABSOLUTE, CHUNK)
+            n = _count_again(w_ptr, source, q << SHIFT, cols, floor, ceiling, HAS_X, ABSOLUTE, SCORE, CHUNK)
         enough = n >= k
         low, n_low = tl.where(enough, q, low), tl.where(enough, n, n_low)
         high, n_high = tl.where(enough, high, q), tl.where(enough, n_high, n)
@@ -315,12 +318,12 @@ def select_rows_kernel(
                 left -= n
         else:
             for at_c in range(0, cols, CHUNK):
-                key = _keys_again(w_ptr, x_ptr, at_c + i, cols, floor, ceiling, HAS_X, ABSOLUTE)
+                key = _keys_again(w_ptr, source, at_c + i, cols, floor, ceiling, HAS_X, ABSOLUTE, SCORE)
                 n = tl.sum(((key >= t_low) & (key < t_high)).to(tl.int32), 0)
                 here = (left > 0) & (left <= n)
                 start, need = tl.where(here, at_c, start), tl.where(here, left, need)
                 left -= n
-            key = _keys_again(w_ptr, x_ptr, start + i, cols, floor, ceiling, HAS_X, ABSOLUTE)
+            key = _keys_again(w_ptr, source, start + i, cols, floor, ceiling, HAS_X, ABSOLUTE, SCORE)
         cut = _last_tie(key, start + i, t_low, t_high, need)
         if HELD:
             kept = ()
@@ -331,19 +334,19 @@ def select_rows_kernel(
         for c in tl.static_range(CHUNKS):
             # The weights are read again, from the cache: kept, they would take half as many registers as the
             # keys.
-            w, _ = _score(w_ptr, x_ptr, c * CHUNK + i, cols, False, False, c < CHUNKS - 1)
+            w, _ = load_score(w_ptr, source, c * CHUNK + i, cols, False, False, c < CHUNKS - 1, None)
             _emit(w_ptr, mask_ptr, packed_ptr, w, keys[c] - t_low, c * CHUNK, cols,
                   CHUNK, ZERO, MASK, PACKED, c < CHUNKS - 1)  # fmt: skip
     else:
         for start in range(0, cols, CHUNK):
-            w, _ = _score(w_ptr, x_ptr, start + i, cols, False, False, False)
-            key = _keys_again(w_ptr, x_ptr, start + i, cols, floor, ceiling, HAS_X, ABSOLUTE)
+            w, _ = load_score(w_ptr, source, start + i, cols, False, False, False, None)
+            key = _keys_again(w_ptr, source, start + i, cols, floor, ceiling, HAS_X, ABSOLUTE, SCORE)
             key = tl.where((key < t_high) & (start + i > cut), t_low - 1, key)
             _emit(w_ptr, mask_ptr, packed_ptr, w, key - t_low, start, cols,
                   CHUNK, ZERO, MASK, PACKED, False)  # fmt: skip
 
 
-def config(cols: int, dtype: torch.dtype, cc: int) -> dict[str, Any]:
+def config(cols: int, dtype: torch.dtype, cc: int, metric: bool = False) -> dict[str, Any]:
     """CHUNK, CHUNKS, HELD, num_warps and maxnreg for a width, a dtype and a compute capability.
 
     A thread loads 8 columns of a chunk at a time, 16 bytes of bf16. Few warps make few cross-warp
@@ -370,6 +373,7 @@ def select_rows_triton(
     *,
     x: Tensor | None,
     absolute: bool,
+    metric: MetricInputs | None = None,
     zero: bool,
     outputs: dict[str, Tensor],
     nan: Tensor,
@@ -379,32 +383,41 @@ def select_rows_triton(
     if not rows * cols:
         return
     # Without x, the scores of a 16-bit weight lie on its own grid, whose keys are shorter by SHIFT bits.
-    shift = 0 if x is not None else {torch.bfloat16: 16, torch.float16: 13}.get(weight.dtype, 0)
+    shift = 0 if x is not None or metric is not None else {torch.bfloat16: 16, torch.float16: 13}.get(weight.dtype, 0)
     normal = statistics.NormalDist()
     share = min(max(k / max(cols, 1), 1e-6), 1 - 1e-6)
+    if metric is not None:
+        x, absolute = metric.x, not metric.negative
     tails = 2 if absolute else 1
     z, mean = normal.inv_cdf(1 - share / tails), (2 / torch.pi) ** 0.5
     if x is not None:
         x = x.to(torch.float32).contiguous()
+    held = config(cols, weight.dtype, target(weight), metric is not None)
     launch(
         select_rows_kernel,
         (rows,),
         weight,
         nan if x is None else x,
-        nan if x is None else x.view(torch.int32).amin().reshape(1),
+        nan if metric is None else metric.g,
+        nan if metric is None else metric.statistics,
+        nan if x is None or metric is not None else x.view(torch.int32).amin().reshape(1),
         outputs["mask"].view(torch.uint8) if "mask" in outputs else nan,
         outputs.get("packed", nan),
         nan,
+        rows,
         cols,
         k,
         z / mean,
         1 / (tails * normal.pdf(z) * mean),
         weight.stride(0),
+        0 if metric is None else metric.g.stride(0),
         SHIFT=shift,
-        HAS_X=x is not None,
-        ABSOLUTE=absolute,
+        HAS_X=x is not None and metric is None,
+        ABSOLUTE=absolute and metric is None,
+        NEGATIVE=metric is None or metric.negative,
         ZERO=zero,
         MASK="mask" in outputs,
         PACKED="packed" in outputs,
-        **config(cols, weight.dtype, target(weight)),
+        **({"SCORE": None} if metric is None else metric.constants),
+        **held,
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from trisparse.kernels.bitmask import empty_mask, pack_bits
 from trisparse.kernels.launch import by_kernel
+from trisparse.kernels.metric import CompiledMetric, check_inputs
 from trisparse.kernels.operation import Operation
 from trisparse.kernels.score import (
     Chunks,
@@ -45,26 +46,38 @@ _MARGIN = 5 * (1 << 7)  # ... so five deviations, 1% of the sample, on each side
 Span = tuple[int, int, int]  # tensor, first row, end row
 
 
-def _checked(weights: Sequence[Tensor], xs: Sequence[Tensor | None] | None) -> list[Tensor | None]:
-    """The ``xs``, one per weight, after the checks that both routes share."""
+def _one_each(
+    values: Sequence[Tensor | None] | None, weights: Sequence[Tensor], name: str = "xs"
+) -> list[Tensor | None]:
+    """The ``values``, None or one per weight, as a list of one per weight."""
     if isinstance(weights, Tensor):
         raise ValueError("weights is a Tensor; it must be a sequence of 2-D tensors: pass [weight]")
-    vectors: list[Tensor | None] = [None] * len(weights) if xs is None else list(xs)
-    if len(vectors) != len(weights):
-        raise ValueError(f"xs has {len(vectors)} entries; it must have one per weight, {len(weights)}")
+    each: list[Tensor | None] = [None] * len(weights) if values is None else list(values)
+    if len(each) != len(weights):
+        raise ValueError(f"{name} has {len(each)} entries; it must have one per weight, {len(weights)}")
+    return each
+
+
+def _check(
+    weights: Sequence[Tensor],
+    vectors: list[Tensor | None],
+    score: CompiledMetric | None = None,
+    gradients: list[Tensor | None] | None = None,
+) -> None:
+    """The checks that both routes share."""
     for i, (weight, x) in enumerate(zip(weights, vectors, strict=True)):
-        check_weight(weight, f"weights[{i}]")
-        check_x(x, weight, f"xs[{i}]")
+        g = None if gradients is None else gradients[i]
+        check_inputs(score, weight, g, x, (f"weights[{i}]", f"gs[{i}]", f"xs[{i}]"))
         if weight.device != weights[0].device:
             raise ValueError(f"weights[{i}] is on {weight.device}; all must be on {weights[0].device}")
-    return vectors
 
 
 def select_global_ref(
     weights: Sequence[Tensor], k: int, *, xs: Sequence[Tensor | None] | None = None, absolute: bool = True
 ) -> list[Tensor]:
     """The specification of `select_global`: a stable descending sort of all scores, concatenated."""
-    vectors = _checked(weights, xs)
+    vectors = _one_each(xs, weights)
+    _check(weights, vectors)
     check_budget(k, sum(weight.numel() for weight in weights), "all elements of weights")
     if not weights:
         return []
@@ -86,6 +99,8 @@ def select_global(
     *,
     xs: Sequence[Tensor | None] | None = None,
     absolute: bool = True,
+    score: CompiledMetric | None = None,
+    gs: Sequence[Tensor | None] | None = None,
     out: str = "mask",
     apply: bool = False,
 ) -> list[Tensor]:
@@ -97,6 +112,9 @@ def select_global(
         k: how many to keep in all, 0 <= k <= the sum of the sizes.
         xs: None, or for each weight None or [cols] of a float dtype; the score is multiplied by it in fp32.
         absolute: rank by ``|weight|``; False ranks by ``weight`` itself, which then is the score.
+        score: rank by this metric instead, from `trisparse.kernels.metric.compile_metric`; ``absolute`` is then not
+            read. On a device the kernel scores on the fly, else torch does beforehand.
+        gs: None, or for each weight None or [rows, cols] of a float dtype, the inner dimension contiguous.
         out: "mask", or "packed" for the packed bits of kernels/bitmask.py.
         apply: also zero the others in ``weights``, in place.
 
@@ -107,7 +125,8 @@ def select_global(
         ValueError: a wrong dtype, shape, stride, device, ``k`` or ``out``, lists of unequal length, or
             a NaN score; with ``apply`` also rows, weights or xs that share memory with a weight.
     """
-    vectors = _checked(weights, xs)
+    vectors, gradients = _one_each(xs, weights), _one_each(gs, weights, "gs")
+    _check(weights, vectors, score, gradients)
     total = sum(weight.numel() for weight in weights)
     check_budget(k, total, "all elements of weights")
     check_out(out, ("mask", "packed"))
@@ -117,6 +136,8 @@ def select_global(
     if not weights:
         return []
     parts = [weight.detach() for weight in weights]
+    if score is not None:
+        return _select_scored(parts, k, vectors, score, gradients, out, apply)
     vectors = [None if x is None else x.detach() for x in vectors]
     if not apply:
         return _FUNCTIONAL(parts, k, vectors, absolute, out)
@@ -172,6 +193,33 @@ def _select(
         masks = _select_cpu(weights, k, xs, absolute, total)
     else:
         masks = select_global_ref(weights, k, xs=xs, absolute=absolute)
+    if apply:
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.masked_fill_(~mask, 0)
+    return [pack_bits(mask) for mask in masks] if out == "packed" else masks
+
+
+def _select_scored(
+    weights: Sequence[Tensor],
+    k: int,
+    xs: Sequence[Tensor | None],
+    score: CompiledMetric,
+    gs: Sequence[Tensor | None],
+    out: str,
+    apply: bool,
+) -> list[Tensor]:
+    if apply:
+        written = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+        check_disjoint(written, {f"{name}[{i}]": v for name, vs in (("xs", xs), ("gs", gs)) for i, v in enumerate(vs)})
+    triples = list(zip(weights, gs, xs, strict=True))
+    if any(weight.numel() for weight in weights) and all(score.fused(weight, g) for weight, g, _ in triples):
+        from trisparse.kernels.metric_triton import MetricInputs  # Triton is there on Linux only
+        from trisparse.kernels.threshold_triton import select_global_triton
+
+        metrics = [MetricInputs(score, *triple) for triple in triples]
+        return select_global_triton(weights, k, xs, False, out=out, zero=apply, metrics=metrics)
+    scores = [score.scores(*triple, f"weights[{i}]") for i, triple in enumerate(triples)]
+    masks = _select(scores, k, [None] * len(scores), False, "mask", apply=False)
     if apply:
         for weight, mask in zip(weights, masks, strict=True):
             weight.masked_fill_(~mask, 0)

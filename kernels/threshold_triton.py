@@ -32,8 +32,9 @@ from torch import Tensor
 
 from trisparse.kernels.bitmask_triton import merge_bits
 from trisparse.kernels.launch import launch
+from trisparse.kernels.metric_triton import MetricInputs
 from trisparse.kernels.score import nan_error, score_ref
-from trisparse.kernels.score_triton import max_or_nan, widen
+from trisparse.kernels.score_triton import load_score, max_or_nan
 
 _SAMPLES = 1 << 16
 _MARGIN = 5 * (1 << 7)  # five standard deviations of the k-th score's place in the sample
@@ -56,27 +57,11 @@ def _place(cols, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _score(w_ptr, x_ptr, i, left, HAS_X: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr):
-    """(weights, scores) of the columns i, of which those below `left` exist, all of them if EXACT."""
-    if EXACT:
-        w = tl.load(w_ptr + i)
-    else:
-        w = tl.load(w_ptr + i, mask=i < left, other=0.0)
-    s = widen(w)
-    if ABSOLUTE:
-        s = tl.abs(s)
-    if HAS_X:
-        if EXACT:
-            s = s * tl.load(x_ptr + i)
-        else:
-            s = s * tl.load(x_ptr + i, mask=i < left, other=0.0)
-    return w, s
-
-
-@triton.jit
 def bracket_kernel(
     w_ptr,  # [rows, cols], rows stride_w apart
     x_ptr,  # [cols] fp32 if HAS_X
+    g_ptr,  # [rows, cols] if SCORE reads G, rows stride_g apart
+    stats_ptr,  # the statistics that SCORE reads
     bracket_ptr,  # [2] fp32: low, high
     count_ptr,  # [5, programs] int32: scores == low, == high, > high, strictly between; whether any is a NaN
     start_ptr,  # [programs] int64: where the program's scores begin in `inside`
@@ -85,18 +70,24 @@ def bracket_kernel(
     capacity,
     first,  # of all tensors' programs, the first of this tensor
     programs,
+    rows,
     cols,
     stride_w,
+    stride_g,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_X: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    SCORE: tl.constexpr,
 ):
     """Count against the bracket, and collect what is inside."""
     row, start = _place(cols, CHUNK, CHUNKS)
     w_ptr += row * stride_w + start
-    x_ptr += start
+    if SCORE is not None:
+        x_ptr = ((g_ptr, stride_g, x_ptr, stats_ptr, rows, cols), row, start)
+    else:
+        x_ptr += start
     left = tl.minimum(cols - start, CHUNK * CHUNKS).to(tl.int32)
     low, high = tl.load(bracket_ptr), tl.load(bracket_ptr + 1)
     top = tl.zeros([CHUNK], tl.float32)
@@ -104,7 +95,7 @@ def bracket_kernel(
     s = ()
     for c in tl.static_range(CHUNKS):
         i = c * CHUNK + tl.arange(0, CHUNK)
-        _, s_c = _score(w_ptr, x_ptr, i, left, HAS_X, ABSOLUTE, EXACT)
+        _, s_c = load_score(w_ptr, x_ptr, i, left, HAS_X, ABSOLUTE, EXACT, SCORE)
         top = max_or_nan(top, s_c)
         if not EXACT:
             s_c = tl.where(i < left, s_c, float("nan"))
@@ -136,24 +127,32 @@ def bracket_kernel(
 def write_kernel(
     w_ptr,  # [rows, cols], rows stride_w apart; zeroed in place if ZERO
     x_ptr,  # [cols] fp32 if HAS_X
+    g_ptr,  # [rows, cols] if SCORE reads G, rows stride_g apart
+    stats_ptr,  # the statistics that SCORE reads
     threshold_ptr,  # [2] fp32: the k-th score, and the next greater fp32
     cut_ptr,  # [2] int64: the program up to which equal scores are kept, and how many of its own
     out_ptr,  # PACKED: [rows, ceil(cols / 8)] bits; else [rows, cols] bytes 0 and 1
     first,  # of all tensors' programs, the first of this tensor
+    rows,
     cols,
     stride_w,
+    stride_g,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_X: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    SCORE: tl.constexpr,
     ZERO: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Write the mask or its bits: scores above the k-th, and the equal ones up to the cut."""
     row, start = _place(cols, CHUNK, CHUNKS)
     w_ptr += row * stride_w + start
-    x_ptr += start
+    if SCORE is not None:
+        x_ptr = ((g_ptr, stride_g, x_ptr, stats_ptr, rows, cols), row, start)
+    else:
+        x_ptr += start
     left = tl.minimum(cols - start, CHUNK * CHUNKS).to(tl.int32)
     threshold, beyond = tl.load(threshold_ptr), tl.load(threshold_ptr + 1)
     cut_program, ties = tl.load(cut_ptr), tl.load(cut_ptr + 1)
@@ -163,7 +162,7 @@ def write_kernel(
         before = tl.zeros([], tl.int32)
         for at in range(0, left, CHUNK):
             i = at + tl.arange(0, CHUNK)
-            _, s = _score(w_ptr, x_ptr, i, left, HAS_X, ABSOLUTE, False)
+            _, s = load_score(w_ptr, x_ptr, i, left, HAS_X, ABSOLUTE, False, SCORE)
             equal = ((s == threshold) & (i < left)).to(tl.int32)
             rank = before + tl.cumsum(equal, 0)
             cut = tl.maximum(cut, tl.max(tl.where((equal != 0) & (rank <= ties), i, -1), 0))
@@ -174,7 +173,7 @@ def write_kernel(
         out_ptr += row * cols + start
     for c in tl.static_range(CHUNKS):
         i = c * CHUNK + tl.arange(0, CHUNK)
-        w, s = _score(w_ptr, x_ptr, i, left, HAS_X, ABSOLUTE, EXACT)
+        w, s = load_score(w_ptr, x_ptr, i, left, HAS_X, ABSOLUTE, EXACT, SCORE)
         keep = s >= tl.where(i <= cut, threshold, beyond)
         if not EXACT:
             keep = keep & (i < left)
@@ -208,10 +207,13 @@ class _Part:
     weight: Tensor
     x: Tensor | None
     packed: bool
+    metric: MetricInputs | None = None
 
     def __post_init__(self) -> None:
         self.weight = self.weight.detach()
-        if self.x is not None:
+        if self.metric is not None:
+            self.x = self.metric.x
+        elif self.x is not None:
             self.x = self.x.detach().to(torch.float32).contiguous()
         elif self.weight.is_contiguous() and not (self.packed and self.weight.shape[1] % 8):
             self.weight = self.weight.view(1, -1)
@@ -222,30 +224,43 @@ class _Part:
 
     def launch(self, kernel: Any, *args: Any, no_x: Tensor, absolute: bool, **constexprs: Any) -> None:
         """Run a kernel over the tensor; ``no_x`` stands in for an x that is not there."""
-        cols = self.weight.shape[1]
+        rows, cols = self.weight.shape
+        metric = self.metric
         launch(
             kernel,
             (self.programs,),
             self.weight,
             no_x if self.x is None else self.x,
+            no_x if metric is None else metric.g,
+            no_x if metric is None else metric.statistics,
             *args,
+            rows,
             cols,
             self.weight.stride(0),
+            0 if metric is None else metric.g.stride(0),
             CHUNK=_CHUNK,
             CHUNKS=self.chunks,
             EXACT=cols % (_CHUNK * self.chunks) == 0,
             HAS_X=self.x is not None,
             ABSOLUTE=absolute,
+            **({"SCORE": None} if metric is None else metric.constants),
             **constexprs,
         )
 
 
 def select_global_triton(
-    weights: Sequence[Tensor], k: int, vectors: Sequence[Tensor | None], absolute: bool, out: str, zero: bool
+    weights: Sequence[Tensor],
+    k: int,
+    vectors: Sequence[Tensor | None],
+    absolute: bool,
+    out: str,
+    zero: bool,
+    metrics: Sequence[MetricInputs] | None = None,
 ) -> list[Tensor]:
     """The masks (``out`` "mask") or their packed bits ("packed") of checked, not all empty weights."""
     packed = out == "packed"
-    parts = [_Part(weight, x, packed) for weight, x in zip(weights, vectors, strict=True)]
+    scored = [None] * len(weights) if metrics is None else metrics
+    parts = [_Part(weight, x, packed, m) for weight, x, m in zip(weights, vectors, scored, strict=True)]
     threshold, cut = _threshold(parts, k, absolute)
     outputs, first = [], 0
     for weight, part in zip(weights, parts, strict=True):
@@ -372,6 +387,8 @@ def _count(parts: list[_Part], bracket: Tensor, capacity: int, absolute: bool) -
 def _raise_nan(parts: list[_Part], program: int) -> None:
     for number, part in enumerate(parts):
         if program < part.programs:
+            if part.metric is not None:
+                raise nan_error(f"{part.metric.text} of weights[{number}]", "", None)
             raise nan_error(f"weights[{number}]", f"xs[{number}]", part.x)
         program -= part.programs
 
@@ -388,7 +405,10 @@ def _bracket(parts: list[_Part], k: int, total: int, absolute: bool, seed: int) 
             continue
         row = torch.randint(0, rows, size, generator=generator, device=device)
         col = torch.randint(0, cols, size, generator=generator, device=device)
-        samples.append(score_ref(part.weight[row, col], None if part.x is None else part.x[col], absolute))
+        if part.metric is None:
+            samples.append(score_ref(part.weight[row, col], None if part.x is None else part.x[col], absolute))
+        else:
+            samples.append(part.metric.scores_at(row, col))
     sample = torch.cat(samples).sort().values
     place = sample.shape[0] - round(sample.shape[0] * (k / total))
     low, high = place - _MARGIN, place + _MARGIN

@@ -8,8 +8,11 @@ import os
 import pytest
 import torch
 
+from trisparse.kernels.bitmask import pack_bits_ref
 from trisparse.kernels.launch import device, interpret, using
 from trisparse.kernels.metric import compile_metric, score
+from trisparse.kernels.select import select_rows
+from trisparse.kernels.threshold import select_global, select_global_ref
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -61,3 +64,59 @@ def test_repeats_bit_for_bit(library, inputs):
     for tree in library.values():
         metric = compile_metric(tree)
         assert torch.equal(score(metric, w, g=g, x=x), score(metric, w, g=g, x=x))
+
+
+def test_rows(library, inputs, same_mask, dtype):
+    for name, tree in library.items():
+        w, g, x = there(inputs(5, 65, 3, dtype, dtype))
+        metric = compile_metric(tree)
+        mask = select_rows(w, 20, x=x, score=metric, g=g)
+        assert same_mask(mask, tree, (w, g, x), 20, 65) or name not in EXACT, name
+        zeroed = w.clone()
+        packed = select_rows(zeroed, 20, x=x, score=metric, g=g, out="packed", apply=True)
+        assert torch.equal(packed, pack_bits_ref(mask)), name
+        assert torch.equal(zeroed, w.masked_fill(~mask, 0)), name
+
+
+def test_rows_by_random_trees(trees, inputs, same_mask):
+    for number, tree in enumerate(trees):
+        given = there(inputs(4, 20, number))
+        w, g, x = given
+        if bool(tree.evaluate(*given).isnan().any()):
+            with pytest.raises(ValueError, match="of weight gives NaN scores"):
+                select_rows(w, 9, x=x, score=compile_metric(tree), g=g)
+        else:
+            same_mask(select_rows(w, 9, x=x, score=compile_metric(tree), g=g), tree, given, 9, 20)
+
+
+def test_rows_too_wide_for_registers(monkeypatch, library, inputs, same_mask):
+    from trisparse.kernels import select_triton
+
+    monkeypatch.setattr(select_triton, "MAX_HELD", 4)
+    for tree in library.values():
+        w, g, x = there(inputs(2, 65, 4))
+        same_mask(select_rows(w, 20, x=x, score=compile_metric(tree), g=g), tree, (w, g, x), 20, 65)
+
+
+def test_global(library, inputs, same_mask):
+    for name, tree in library.items():
+        w, g, x = there(inputs(6, 33, 5, torch.bfloat16, torch.float32))
+        (mask,) = select_global([w], 70, xs=[x], score=compile_metric(tree), gs=[g])
+        assert same_mask(mask, tree, (w, g, x), 70, w.numel()) or name not in EXACT, name
+
+
+def test_global_over_tensors_with_an_unlucky_sample(monkeypatch, library, inputs):
+    from trisparse.kernels import threshold_triton
+
+    monkeypatch.setattr(threshold_triton, "_SAMPLES", 16)
+    monkeypatch.setattr(threshold_triton, "_MARGIN", 1)
+    parts = [there(inputs(rows, 30, rows, dtype)) for rows, dtype in ((20, torch.float32), (7, torch.float16))]
+    ws, gs, xs = ([part[i] for part in parts] for i in range(3))
+    for name in EXACT:
+        tree = library[name]
+        expected = select_global_ref([tree.evaluate(*part) for part in parts], 300, absolute=False)
+        zeroed = [w.clone() for w in ws]
+        found = select_global(zeroed, 300, xs=xs, score=compile_metric(tree), gs=gs, out="packed", apply=True)
+        for packed, mask, w, after in zip(found, expected, ws, zeroed, strict=True):
+            assert torch.equal(packed, pack_bits_ref(mask)), name
+            assert torch.equal(after, w.masked_fill(~mask, 0)), name
