@@ -1,18 +1,19 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
-# ruff: noqa: RUF005, SIM108 (the forms that Triton compiles)
+# ruff: noqa: RUF005, SIM102 (the forms that Triton compiles)
 """Triton kernel of row selection; the operation and its reference are in kernels/select.py.
 
-One program holds the scores of one row in registers, as CHUNKS tensors of CHUNK columns (so that a width
-such as 11008 is padded to 11264 and not to 16384), and looks for a threshold t with count(score >= t) = k.
-It keeps a bracket
+One program holds one row in registers, as CHUNKS tensors of CHUNK columns (so that a width such as 11008 is
+padded to 11264 and not to 16384). Scores are compared as int32 keys in the order of the floats, which for
+scores without a sign are their bits. The search looks for a threshold t with count(key >= t) = k and keeps a
+bracket
 
-    count(score >= lo) >= k > count(score >= hi)
+    count(key >= low) >= k > count(key >= high)
 
-The first guesses come from the row's mean, as if its weights were normal; the next interpolate the counts;
-after eight, every third halves the bracket in the order-preserving integer keys of fp32, so that the search
-always ends: when count(score >= lo) = k, or when no float lies between lo and hi, and then all that are left
-are ties at lo, of which the first columns are kept. About seven counts do for rows of 4096
-(docs/kernels.md).
+The first guesses come from the row's mean, as if its weights were normal; the next interpolate the counts.
+When a bracket's end is one score off, it moves to the next score inside, and the count after that is exact but
+for ties. After eight counts, the ends move so and the bracket is halved in turns, so that the search always ends:
+when count(key >= low) = k, or when no key lies between low and high, and then all that are left are ties, of
+which the first columns are kept. About five counts do for rows of 4096 (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ MAX_HELD = 32768  # columns whose scores fit the registers of one program; wider
 
 @triton.jit
 def _key(s):
-    """fp32 -> int32 in the same order; -0 and +0 have the key 0."""
-    bits = (s + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """fp32 -> int32 in the same order: the bits of |s| with the sign of s; those of 0 and -0 are 0."""
+    bits = s.to(tl.int32, bitcast=True)
+    return ((bits & 0x7FFFFFFF) ^ (bits >> 31)) - (bits >> 31)
 
 
 @triton.jit
@@ -107,27 +108,25 @@ def _count_again(
 
 
 @triton.jit
-def _least_above(keys, low):
-    """The least key - low that is not negative."""
-    least = (keys[0] - low).to(tl.uint32, bitcast=True)
+def _nearest(keys, to, ABOVE: tl.constexpr):
+    """How far the nearest key is at or above `to`, or at or below."""
+    nearest = (keys[0] - to if ABOVE else to - keys[0]).to(tl.uint32, bitcast=True)
     for c in tl.static_range(1, len(keys)):
-        least = tl.minimum(least, (keys[c] - low).to(tl.uint32, bitcast=True))
-    return tl.min(least, 0).to(tl.int32, bitcast=True)
+        # What lies on the other side wraps around to a great distance.
+        nearest = tl.minimum(nearest, (keys[c] - to if ABOVE else to - keys[c]).to(tl.uint32, bitcast=True))
+    return tl.min(nearest, 0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _least_below(keys, high):
-    """The least high - key that is not negative."""
-    least = (high - keys[0]).to(tl.uint32, bitcast=True)
-    for c in tl.static_range(1, len(keys)):
-        least = tl.minimum(least, (high - keys[c]).to(tl.uint32, bitcast=True))
-    return tl.min(least, 0).to(tl.int32, bitcast=True)
+def _tied(key, low, high):
+    """1 for the keys in [low, high), else 0."""
+    return ((key >= low) & (key < high)).to(tl.int32)
 
 
 @triton.jit
 def _last_tie(key, i, low, high, need):
     """The column of the need-th key in [low, high)."""
-    tied = ((key >= low) & (key < high)).to(tl.int32)
+    tied = _tied(key, low, high)
     return tl.max(tl.where((tied != 0) & (tl.cumsum(tied, 0) == need), i, -1), 0)
 
 
@@ -141,22 +140,24 @@ def _pack(below, CHUNK: tl.constexpr):
     b1, b5 = tl.split(tl.reshape(b15, [CHUNK // 8, 2]))
     b2, b6 = tl.split(tl.reshape(b26, [CHUNK // 8, 2]))
     b3, b7 = tl.split(tl.reshape(b37, [CHUNK // 8, 2]))
-    bits = (b6, b5, b4, b3, b2, b1, b0)
-    byte = b7 >> 31
-    for b in tl.static_range(7):
-        byte = (byte << 1) | (bits[b] >> 31)
-    return (byte ^ 255).to(tl.uint8)
+    columns = (b7, b6, b5, b4, b3, b2, b1, b0)
+    word = b7  # eight bits of which are pushed in, and the rest cut off
+    for b in tl.static_range(8):
+        word = (word << 1) | (columns[b] >> 31)
+    return (~word).to(tl.uint8)
 
 
 @triton.jit
 def _emit(
-    w_ptr, mask_ptr, packed_ptr, w, below, start, cols,
+    w_ptr, mask_ptr, packed_ptr, below, start, cols,
     CHUNK: tl.constexpr, ZERO: tl.constexpr, MASK: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Write the columns from `start` on; a weight is dropped where ``below`` is negative."""
     i = start + tl.arange(0, CHUNK)
     exists = None if EXACT else i < cols
     if ZERO:
+        # Read again, from the cache: kept, the weights would take half as many registers as the keys.
+        w = tl.load(w_ptr + i, mask=exists, other=None if EXACT else 0.0)
         tl.store(w_ptr + i, tl.where(below < 0, 0.0, w).to(w.dtype), mask=exists)
     if MASK:
         tl.store(mask_ptr + i, (below >= 0).to(tl.uint8), mask=exists)
@@ -210,34 +211,26 @@ def select_rows_kernel(
     n = cols
     # The mean of |score|, a NaN if any score is one, the keys, and how many of these are not negative.
     if HELD:
-        scores = ()
+        total = tl.zeros([CHUNK], tl.float32)
         for c in tl.static_range(CHUNKS):
             _, s = load_score(w_ptr, source, c * CHUNK + i, cols, HAS_X, ABSOLUTE, c < CHUNKS - 1, SCORE)
-            scores = scores + (s,)
-        total = scores[0]
-        for c in tl.static_range(1, CHUNKS):
-            total += scores[c]
-        for c in tl.static_range(CHUNKS - 1):
-            keys = keys + (scores[c].to(tl.int32, bitcast=True),)
-        s = scores[CHUNKS - 1].to(tl.int32, bitcast=True)
-        keys = keys + (tl.where((CHUNKS - 1) * CHUNK + i < cols, s, -1),)
+            total = total + s if c else s
+            keys = keys + (s.to(tl.int32, bitcast=True),)
         if SCORE is not None and not NEGATIVE:
             signs = keys[0]
             for c in tl.static_range(1, CHUNKS):
                 signs |= keys[c]
             signed = tl.min(signs, 0) < 0
         if signed:
-            total = tl.abs(scores[0])
-            for c in tl.static_range(1, CHUNKS):
-                total += tl.abs(scores[c])
             mapped = ()
-            for c in tl.static_range(CHUNKS - 1):
-                mapped = mapped + (_key(scores[c]),)
-            s = _key(scores[CHUNKS - 1])
-            keys = mapped + (tl.where((CHUNKS - 1) * CHUNK + i < cols, s, -0x80000000),)
-            reached = (keys[0] >= 0).to(tl.int32)
-            for c in tl.static_range(1, CHUNKS):
-                reached += (keys[c] >= 0).to(tl.int32)
+            reached = tl.zeros([CHUNK], tl.int32)
+            total = tl.zeros([CHUNK], tl.float32)
+            for c in tl.static_range(CHUNKS):
+                total += tl.abs(keys[c].to(tl.float32, bitcast=True))
+                key = _key(keys[c].to(tl.float32, bitcast=True))
+                reached += ((key >= 0) & (c * CHUNK + i < cols)).to(tl.int32)
+                mapped = mapped + (key,)
+            keys = mapped
             n = tl.sum(reached, 0)
     else:
         total = tl.zeros([CHUNK], tl.float32)
@@ -255,13 +248,16 @@ def select_rows_kernel(
     if signed:
         if n < k:
             floor, ceiling = -0x80000000, 0
-            low, n_low = -0x7F800001 >> SHIFT, cols
+            low, n_low = -(0x7F800000 >> SHIFT), cols
             high, n_high = 0, n
         if HELD:
             clamped = ()
             for c in tl.static_range(CHUNKS):
                 clamped = clamped + (tl.minimum(tl.maximum(keys[c], floor), ceiling),)
             keys = clamped
+    if HELD:
+        last = tl.where((CHUNKS - 1) * CHUNK + i < cols, keys[CHUNKS - 1], floor)
+        keys = keys[: CHUNKS - 1] + (last,)
     if k == 0:
         low, n_low = high, 0
     if mean != mean:
@@ -277,10 +273,10 @@ def select_rows_kernel(
             if (tl.minimum(n_low - k, k - n_high) == 1) | (step & 10 == 8):
                 # Move an end of the bracket to the next score inside.
                 if (n_low - k == 1) | ((k - n_high != 1) & (step == 8)):
-                    low += _least_above(keys, low << SHIFT) >> SHIFT
+                    low += _nearest(keys, low << SHIFT, True) >> SHIFT
                     q = low + 1
                 else:
-                    high -= _least_below(keys, (high << SHIFT) - 1) >> SHIFT
+                    high -= _nearest(keys, (high << SHIFT) - 1, False) >> SHIFT
                     q = high - 1
         q = tl.minimum(tl.maximum(q, low + 1), high - 1)
         if HELD:
@@ -311,7 +307,7 @@ def select_rows_kernel(
         if HELD:
             key = keys[0]
             for c in tl.static_range(CHUNKS):
-                n = tl.sum(((keys[c] >= t_low) & (keys[c] < t_high)).to(tl.int32), 0)
+                n = tl.sum(_tied(keys[c], t_low, t_high), 0)
                 here = (left > 0) & (left <= n)
                 key = tl.where(here, keys[c], key)
                 start, need = tl.where(here, c * CHUNK, start), tl.where(here, left, need)
@@ -319,31 +315,28 @@ def select_rows_kernel(
         else:
             for at_c in range(0, cols, CHUNK):
                 key = _keys_again(w_ptr, source, at_c + i, cols, floor, ceiling, HAS_X, ABSOLUTE, SCORE)
-                n = tl.sum(((key >= t_low) & (key < t_high)).to(tl.int32), 0)
+                n = tl.sum(_tied(key, t_low, t_high), 0)
                 here = (left > 0) & (left <= n)
                 start, need = tl.where(here, at_c, start), tl.where(here, left, need)
                 left -= n
             key = _keys_again(w_ptr, source, start + i, cols, floor, ceiling, HAS_X, ABSOLUTE, SCORE)
         cut = _last_tie(key, start + i, t_low, t_high, need)
-        if HELD:
-            kept = ()
-            for c in tl.static_range(CHUNKS):
-                kept = kept + (tl.where((keys[c] < t_high) & (c * CHUNK + i > cut), t_low - 1, keys[c]),)
-            keys = kept
     if HELD:
-        for c in tl.static_range(CHUNKS):
-            # The weights are read again, from the cache: kept, they would take half as many registers as the
-            # keys.
-            w, _ = load_score(w_ptr, source, c * CHUNK + i, cols, False, False, c < CHUNKS - 1, None)
-            _emit(w_ptr, mask_ptr, packed_ptr, w, keys[c] - t_low, c * CHUNK, cols,
-                  CHUNK, ZERO, MASK, PACKED, c < CHUNKS - 1)  # fmt: skip
+        # Two loops, since keys that only one branch changes would be copied for the other.
+        if n_low == k:
+            for c in tl.static_range(CHUNKS):
+                _emit(w_ptr, mask_ptr, packed_ptr, keys[c] - t_low, c * CHUNK, cols,
+                      CHUNK, ZERO, MASK, PACKED, c < CHUNKS - 1)  # fmt: skip
+        else:
+            for c in tl.static_range(CHUNKS):
+                key = tl.where((keys[c] < t_high) & (c * CHUNK + i > cut), t_low - 1, keys[c])
+                _emit(w_ptr, mask_ptr, packed_ptr, key - t_low, c * CHUNK, cols,
+                      CHUNK, ZERO, MASK, PACKED, c < CHUNKS - 1)  # fmt: skip
     else:
         for start in range(0, cols, CHUNK):
-            w, _ = load_score(w_ptr, source, start + i, cols, False, False, False, None)
             key = _keys_again(w_ptr, source, start + i, cols, floor, ceiling, HAS_X, ABSOLUTE, SCORE)
             key = tl.where((key < t_high) & (start + i > cut), t_low - 1, key)
-            _emit(w_ptr, mask_ptr, packed_ptr, w, key - t_low, start, cols,
-                  CHUNK, ZERO, MASK, PACKED, False)  # fmt: skip
+            _emit(w_ptr, mask_ptr, packed_ptr, key - t_low, start, cols, CHUNK, ZERO, MASK, PACKED, False)
 
 
 def config(cols: int, dtype: torch.dtype, cc: int, metric: bool = False) -> dict[str, Any]:
@@ -351,14 +344,15 @@ def config(cols: int, dtype: torch.dtype, cc: int, metric: bool = False) -> dict
 
     A thread loads 8 columns of a chunk at a time, 16 bytes of bf16. Few warps make few cross-warp
     reductions, which are the cost of a count beside the comparisons; but 8 chunks, 64 keys a thread, are
-    the most that 128 registers (fp32: 168) take without a spill, and 11 chunks for 168, with which 12 warps
-    live on an SM to hide the loads. The code for sm_100 needs some 200; there the assembler chooses.
+    the most that 128 registers take without a spill, which let 16 warps live on an SM to hide the loads, and
+    11 chunks (fp32: 8) the most for 168 registers and 12 warps. The code for sm_100 needs up to 230; there
+    the assembler chooses.
     """
     if cols > MAX_HELD:
         chunks = triton.cdiv(cols, 4096)
         return {"CHUNK": 4096, "CHUNKS": chunks, "HELD": False, "num_warps": 16}
-    warps = 1
-    while triton.cdiv(cols, 256 * warps) > 11:
+    warps, most = 1, 8 if dtype == torch.float32 else 11
+    while triton.cdiv(cols, 256 * warps) > most:
         warps *= 2
     chunks = max(1, triton.cdiv(cols, 256 * warps))
     shape = {"CHUNK": 256 * warps, "CHUNKS": chunks, "HELD": True, "num_warps": warps}
