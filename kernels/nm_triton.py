@@ -157,7 +157,7 @@ def _keep_exactly(bits, N: tl.constexpr, M: tl.constexpr, NETWORK: tl.constexpr,
         tl.store(nan_ptr, 1)
     nth, _ = _nth_greatest(key, N, M, NETWORK)
     word = _at_least(key, nth + 1, 0, M, SIGNED)
-    ties = _at_least(key, nth, 0, M, SIGNED) & ~word
+    ties = _at_least(key, nth, 0, M, SIGNED) ^ word  # whose bits are all among them
     need = N - _count_bits(word).to(tl.int32)
     for _ in range(N):
         lowest = tl.where(need > 0, ties & (0 - ties), 0)
@@ -228,8 +228,8 @@ def select_nm_kernel(
                 nth, top = _nth_greatest(bits[k * M : k * M + M], N, M, NETWORK)
                 most = tl.maximum(most, top)
                 word |= _at_least(bits, nth, k * M, M, False) << (k * M)
-            common = (most <= 0x7F800000) & (_count_bits(word) == N * (U // M))
-            if tl.max(((h * STEP < left) & ~common).to(tl.int32), 0) != 0:
+            odd = tl.where(most > 0x7F800000, 1, _count_bits(word) - N * (U // M))
+            if tl.max(tl.where(h * STEP < left, odd, 0), 0) != 0:
                 word = tl.zeros([UNITS], tl.uint32)
                 for k in tl.static_range(U // M):
                     part = _keep_exactly(bits[k * M : k * M + M], N, M, NETWORK, True, nan_ptr)
