@@ -21,10 +21,7 @@ from trisparse.kernels.launch import launch
 from trisparse.kernels.score_triton import max_or_nan, widen
 
 SPLIT, STRIDED, ALONG_OUT = 0, 1, 2
-import os
-SHARE = int(os.environ.get("SHARE", 4))
-def UNITS_PER_WARP(m, mode):
-    return int(os.environ.get("UNITS", 32)) if mode == SPLIT else 32
+ROWS = 4  # of a program: enough to make the loads of x few, and few enough to leave programs for every multiprocessor
 
 
 @triton.jit
@@ -91,17 +88,12 @@ def _store_planes(p_ptr, p, start, size, UNITS: tl.constexpr, U: tl.constexpr, M
 
 
 @triton.jit
-def _exchange(p, I: tl.constexpr, J: tl.constexpr):
-    """The planes with the lesser of I and J in I and the greater in J."""
-    low, high = tl.minimum(p[I], p[J]), tl.maximum(p[I], p[J])
-    return p[:I] + (low,) + p[I + 1 : J] + (high,) + p[J + 1 :]
-
-
-@triton.jit
 def _nth_greatest(p, N: tl.constexpr, M: tl.constexpr, NETWORK: tl.constexpr):
     """(The N-th greatest, the greatest) of M planes; NETWORK sorts either half of them."""
-    for e in tl.static_range(len(NETWORK) // 2):
-        p = _exchange(p, NETWORK[2 * e], NETWORK[2 * e + 1])
+    for e in tl.static_range(0, len(NETWORK), 2):
+        low = tl.minimum(p[NETWORK[e]], p[NETWORK[e + 1]])
+        high = tl.maximum(p[NETWORK[e]], p[NETWORK[e + 1]])
+        p = p[: NETWORK[e]] + (low,) + p[NETWORK[e] + 1 : NETWORK[e + 1]] + (high,) + p[NETWORK[e + 1] + 1 :]
     # The N greatest are the i greatest of the first half and the N - i greatest of the second, for one i: the
     # one whose lesser end is the greatest. The compiler removes the comparators that nothing here reads.
     A: tl.constexpr = M // 2
@@ -176,7 +168,7 @@ def select_nm_kernel(
     values_ptr,  # [rows, cols / 2] if COMPRESS (2:4)
     meta_ptr,  # [rows, cols / 8] bytes if COMPRESS
     nan_ptr,  # [1] int32, set when a score is a NaN
-    rows,
+    rows,  # ALONG_OUT: of groups
     cols,
     stride_w,
     N: tl.constexpr,
@@ -205,12 +197,12 @@ def select_nm_kernel(
             x = (tl.load(x_ptr + col + h, mask=h < size, other=0.0),)
         else:
             x = _planes(x_ptr, col, size, UNITS, U, MODE, 0)
-    for r in range(ROWS):
-        row = ((pid // blocks) * ROWS + r).to(tl.int64)
+    first = (pid // blocks) * ROWS
+    for r in range(0, tl.minimum(ROWS, rows - first)):
+        row = first.to(tl.int64) + r
         if MODE == 2:
             row = row * M
-        left = tl.where(row < rows, size, 0)
-        w = _planes(w_ptr, row * stride_w + col, left, UNITS, U, MODE, stride_w)
+        w = _planes(w_ptr, row * stride_w + col, size, UNITS, U, MODE, stride_w)
         bits = ()
         for j in tl.static_range(U):
             v = widen(w[j])
@@ -229,7 +221,7 @@ def select_nm_kernel(
                 most = tl.maximum(most, top)
                 word |= _at_least(bits, nth, k * M, M, False) << (k * M)
             odd = tl.where(most > 0x7F800000, 1, _count_bits(word) - N * (U // M))
-            if tl.max(tl.where(h * STEP < left, odd, 0), 0) != 0:
+            if tl.max(tl.where(h * STEP < size, odd, 0), 0) != 0:
                 word = tl.zeros([UNITS], tl.uint32)
                 for k in tl.static_range(U // M):
                     part = _keep_exactly(bits[k * M : k * M + M], N, M, NETWORK, True, nan_ptr)
@@ -245,25 +237,24 @@ def select_nm_kernel(
             kept = ()
             for j in tl.static_range(U):
                 kept = kept + (tl.where(keep[j], w[j], 0.0).to(w[j].dtype),)
-            _store_planes(w_ptr, kept, row * stride_w + col, left, UNITS, U, MODE, stride_w)
+            _store_planes(w_ptr, kept, row * stride_w + col, size, UNITS, U, MODE, stride_w)
         if MASK:
-            _store_planes(mask_ptr, keep, row * cols + col, left, UNITS, U, MODE, cols)
+            _store_planes(mask_ptr, keep, row * cols + col, size, UNITS, U, MODE, cols)
         if PACKED:
             row_bytes = tl.cdiv(cols, 8)
             if MODE == 2:
                 b = tl.arange(0, UNITS // 8)
                 for j in tl.static_range(M):
-                    byte = merge_bits((keep[j] & (h < left)).to(tl.int32), UNITS, 1, 8)
+                    byte = merge_bits((keep[j] & (h < size)).to(tl.int32), UNITS, 1, 8)
                     at = packed_ptr + (row + j) * row_bytes + col // 8 + b
-                    inside = tl.where(row < rows, row_bytes - col // 8, 0)
-                    tl.store(at, byte.to(tl.uint8), mask=b < inside)
+                    tl.store(at, byte.to(tl.uint8), mask=b < row_bytes - col // 8)
             else:
                 kind: tl.constexpr = tl.uint8 if U == 8 else (tl.uint16 if U == 16 else tl.uint32)
                 for k in tl.static_range(1, U // M):  # a group beyond the last has weights 0, of which N are kept
-                    word = tl.where(h * U + k * M < left, word, word & ((1 << (k * M)) - 1))
+                    word = tl.where(h * U + k * M < size, word, word & ((1 << (k * M)) - 1))
                 # Rows begin at multiples of the word: cols is a multiple of M.
                 at = (packed_ptr + row * row_bytes + col // 8).to(tl.pointer_type(kind))
-                tl.store(at + h, word.to(kind), mask=h * U < left)
+                tl.store(at + h, word.to(kind), mask=h * U < size)
         if COMPRESS:
             values = ()
             meta = tl.zeros([UNITS], tl.int32)
@@ -274,8 +265,8 @@ def select_nm_kernel(
                 i1 = tl.where(keep[k + 3], 3, tl.where(keep[k + 2], 2, 1))
                 values = values + (v0, v1)
                 meta |= (i0 | (i1 << 2)) << k
-            _store_planes(values_ptr, values, row * (cols // 2) + col // 2, left // 2, UNITS, U // 2, 0, 0)
-            tl.store(meta_ptr + row * (cols // 8) + col // 8 + h, meta.to(tl.uint8), mask=h * U < left)
+            _store_planes(values_ptr, values, row * (cols // 2) + col // 2, size // 2, UNITS, U // 2, 0, 0)
+            tl.store(meta_ptr + row * (cols // 8) + col // 8 + h, meta.to(tl.uint8), mask=h * U < size)
 
 
 def sorting_network(size: int) -> tuple[int, ...]:
@@ -311,11 +302,11 @@ def select_nm_triton(
     power = m & (m - 1) == 0
     mode = ALONG_OUT if along_out else SPLIT if power else STRIDED
     unit = max(m, 8) if mode == SPLIT else m
-    # One warp a program, so that asking all its threads whether every group is common takes no barrier.
-    units = UNITS_PER_WARP(m, mode)
+    # One warp a program, so that no barrier is needed to learn whether any of its groups has ties. A thread has
+    # a unit or two along `in`, and about 32 elements along `out`, where neighbours come from one load.
+    units = min(256, 1024 // triton.next_power_of_2(m)) if along_out else 64 if unit <= 8 else 32
     programs = triton.cdiv(cols, units if along_out else units * unit)
     row_groups = rows // m if along_out else rows
-    share = SHARE
     half = m // 2
     dummy = nan
     options: dict[str, Any] = {
@@ -323,7 +314,7 @@ def select_nm_triton(
         "M": m,
         "U": unit,
         "UNITS": units,
-        "ROWS": share,
+        "ROWS": ROWS,
         "MODE": mode,
         "NETWORK": sorting_network(half) + tuple(half + i for i in sorting_network(m - half)),
         "HAS_X": x is not None,
@@ -335,7 +326,7 @@ def select_nm_triton(
     }
     launch(
         select_nm_kernel,
-        (programs * triton.cdiv(row_groups, share),),
+        (programs * triton.cdiv(row_groups, ROWS),),
         weight,
         dummy if x is None else x.to(torch.float32),
         outputs["mask"].view(torch.uint8) if "mask" in outputs else dummy,
@@ -343,7 +334,7 @@ def select_nm_triton(
         outputs.get("values", dummy),
         outputs["meta"].view(torch.uint8) if "meta" in outputs else dummy,
         nan,
-        rows,
+        row_groups,
         cols,
         weight.stride(0),
         num_warps=1,
