@@ -4,7 +4,13 @@
 
 A group of m is held as m planes: plane j is a tensor of the j-th elements of many groups, so that a thread
 has whole groups in its registers and compares plane with plane. Along `in` with m a power of two, planes
-come from one vectorised load by splitting; for another m from m strided loads; along `out` they are m rows.
+come from vectorised loads by splitting, a unit of max(m, 8) columns a thread, so that a unit has whole bytes
+of the packed mask; for another m from m strided loads; along `out` they are m rows. There, a unit is a group.
+
+Scores are compared by their bits, which order as the scores do while none is negative: the N-th greatest of a
+group comes from two sorted halves, and the sign of a difference is a bit of the group's word. When a warp has
+a negative score, a NaN or a tie at the N-th, it takes `_keep_exactly`, which knows all these. With random
+weights times X that is rare; without X, ties are common, and `_keep_exactly` comes first.
 """
 
 from __future__ import annotations
@@ -18,10 +24,10 @@ from torch import Tensor
 
 from trisparse.kernels.bitmask_triton import merge_bits
 from trisparse.kernels.launch import launch
-from trisparse.kernels.score_triton import max_or_nan, widen
+from trisparse.kernels.score_triton import widen
 
 SPLIT, STRIDED, ALONG_OUT = 0, 1, 2
-ROWS = 4  # of a program: enough to make the loads of x few, and few enough to leave programs for every multiprocessor
+ROWS = 4  # of a program: they share the loads of x
 
 
 @triton.jit
@@ -302,8 +308,8 @@ def select_nm_triton(
     power = m & (m - 1) == 0
     mode = ALONG_OUT if along_out else SPLIT if power else STRIDED
     unit = max(m, 8) if mode == SPLIT else m
-    # One warp a program, so that no barrier is needed to learn whether any of its groups has ties. A thread has
-    # a unit or two along `in`, and about 32 elements along `out`, where neighbours come from one load.
+    # One warp a program, so that no barrier is needed to learn whether any of its groups is uncommon. A thread
+    # has one unit or two along `in`, and 32 elements along `out`, 8 neighbours at the most: 16 bytes of bf16.
     units = min(256, 1024 // triton.next_power_of_2(m)) if along_out else 64 if unit <= 8 else 32
     programs = triton.cdiv(cols, units if along_out else units * unit)
     row_groups = rows // m if along_out else rows
