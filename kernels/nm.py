@@ -24,7 +24,7 @@ shifted.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from trisparse.kernels.bitmask import apply_bits, compress_bits, empty_mask, pack_bits, unpack_bits
 from trisparse.kernels.launch import by_kernel
+from trisparse.kernels.metric import CompiledMetric, check_inputs
 from trisparse.kernels.operation import Operation
 from trisparse.kernels.score import (
     Chunks,
@@ -46,6 +47,9 @@ from trisparse.kernels.score import (
     run_chunks,
     score_ref,
 )
+
+if TYPE_CHECKING:
+    from trisparse.kernels.metric_triton import MetricInputs
 
 MAX_M = 32  # a group fits one 32-bit word of a packed mask
 
@@ -80,6 +84,8 @@ def select_nm(
     *,
     x: Tensor | None = None,
     absolute: bool = True,
+    score: CompiledMetric | None = None,
+    g: Tensor | None = None,
     out: str = "mask",
     apply: bool = False,
     along_out: bool = False,
@@ -92,6 +98,9 @@ def select_nm(
         m: the size of a group, at most 32.
         x: None, or [cols] of a float dtype on the weight's device; the score is multiplied by it in fp32.
         absolute: rank by ``|weight|``; False ranks by ``weight`` itself, which then is the score.
+        score: rank by this metric instead, from `trisparse.kernels.metric.compile_metric`; ``absolute`` is then not
+            read. On a device the kernel scores on the fly, else torch does beforehand.
+        g: [rows, cols] of a float dtype, the inner dimension contiguous; needed if the metric reads G.
         out: "mask", "packed" or "compressed"; the module's docstring gives the formats.
         apply: also zero the others in ``weight``, in place.
         along_out: groups are m consecutive rows, for a weight that is used transposed.
@@ -104,8 +113,7 @@ def select_nm(
         ValueError: a wrong dtype, shape, stride, device, ``n``, ``m`` or ``out``, a tail group, overlapping
             memory, or a NaN score (then ``weight`` may have been zeroed in part where ``apply`` was asked).
     """
-    check_weight(weight, "weight")
-    check_x(x, weight, "x")
+    check_inputs(score, weight, g, x)
     check_nm(n, m, weight.shape[0 if along_out else 1], "rows" if along_out else "columns")
     check_out(out, ("mask", "packed", "compressed"))
     if out == "compressed" and along_out:
@@ -115,6 +123,8 @@ def select_nm(
     if apply:
         check_writable(weight, "weight")
     vector = None if x is None else x.detach()
+    if score is not None:
+        return _select_scored(weight.detach(), n, m, vector, score, g, out, along_out, apply)
     if out == "compressed":
         return (
             _COMPRESS_IN_PLACE(weight.detach(), n, m, vector, absolute)
@@ -196,23 +206,58 @@ def _select(
 def _select_compressed(
     weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, apply: bool
 ) -> tuple[Tensor, Tensor]:
-    rows, cols = weight.shape
-    two_four = (n, m) == (2, 4)
-    if not by_kernel(weight) or weight.dtype == torch.float64:
-        mask = _mask(weight, n, m, x, absolute, along_out=False)
-        values = weight[mask].reshape(rows, cols * n // m)
-        if apply:
-            weight.masked_fill_(~mask, 0)
-        return values, meta_2_4(mask) if two_four else pack_bits(mask)
-    if two_four:
+    if by_kernel(weight) and weight.dtype != torch.float64:
+        return _compress_by_kernel(weight, n, m, x, absolute, apply)
+    return _compressed_by_mask(weight, _mask(weight, n, m, x, absolute, along_out=False), n, m, apply)
+
+
+def _compressed_by_mask(weight: Tensor, mask: Tensor, n: int, m: int, apply: bool) -> tuple[Tensor, Tensor]:
+    values = weight[mask].reshape(weight.shape[0], weight.shape[1] * n // m)
+    if apply:
+        weight.masked_fill_(~mask, 0)
+    return values, meta_2_4(mask) if (n, m) == (2, 4) else pack_bits(mask)
+
+
+def _compress_by_kernel(
+    weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, apply: bool, metric: MetricInputs | None = None
+) -> tuple[Tensor, Tensor]:
+    if (n, m) == (2, 4):
         values, meta = _compressed_result(weight, n, m, x, absolute)
-        _launch(weight, n, m, x, absolute, False, apply, {"values": values, "meta": meta})
+        _launch(weight, n, m, x, absolute, False, apply, {"values": values, "meta": meta}, metric)
         return values, meta
-    packed = _by_kernel(weight, n, m, x, absolute, "packed", False, False)
+    packed = _by_kernel(weight, n, m, x, absolute, "packed", False, False, metric)
     values, _ = compress_bits(weight, packed)
     if apply:
         apply_bits(weight, packed)
-    return values.reshape(rows, cols * n // m), packed
+    return values.reshape(weight.shape[0], weight.shape[1] * n // m), packed
+
+
+def _select_scored(
+    weight: Tensor,
+    n: int,
+    m: int,
+    x: Tensor | None,
+    score: CompiledMetric,
+    g: Tensor | None,
+    out: str,
+    along_out: bool,
+    apply: bool,
+) -> Any:
+    if apply:
+        check_disjoint({"weight": weight}, {"x": x, "g": g})
+    if score.fused(weight, g):
+        from trisparse.kernels.metric_triton import MetricInputs  # Triton is there on Linux only
+
+        metric = MetricInputs(score, weight, g, x)
+        if out == "compressed":
+            return _compress_by_kernel(weight, n, m, x, False, apply, metric)
+        return _by_kernel(weight, n, m, x, False, out, along_out, apply, metric)
+    mask = _mask(score.scores(weight, g, x, "weight"), n, m, None, False, along_out)
+    if out == "compressed":
+        return _compressed_by_mask(weight, mask, n, m, apply)
+    if apply:
+        weight.masked_fill_(~mask, 0)
+    return pack_bits(mask) if out == "packed" else mask
 
 
 def _mask(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, along_out: bool) -> Tensor:
@@ -247,12 +292,20 @@ def mask_2_4(meta: Tensor) -> Tensor:
 
 
 def _by_kernel(
-    weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, out: str, along_out: bool, apply: bool
+    weight: Tensor,
+    n: int,
+    m: int,
+    x: Tensor | None,
+    absolute: bool,
+    out: str,
+    along_out: bool,
+    apply: bool,
+    metric: MetricInputs | None = None,
 ) -> Tensor:
     fused = m & (m - 1) == 0 or along_out  # else the packed form comes from a mask
     form = out if fused else "mask"
     result = empty_mask(weight, form)
-    _launch(weight, n, m, x, absolute, along_out, apply, {form: result})
+    _launch(weight, n, m, x, absolute, along_out, apply, {form: result}, metric)
     return result if form == out else pack_bits(result)
 
 
@@ -265,12 +318,17 @@ def _launch(
     along_out: bool,
     apply: bool,
     outputs: dict[str, Tensor],
+    metric: MetricInputs | None = None,
 ) -> None:
     from trisparse.kernels.nm_triton import select_nm_triton  # Triton is there on Linux only
 
     nan = weight.new_zeros(1, dtype=torch.int32)
-    select_nm_triton(weight, n, m, x=x, absolute=absolute, along_out=along_out, zero=apply, outputs=outputs, nan=nan)
-    raise_if_nan(nan, "weight", "x", x)
+    options = {"absolute": absolute, "metric": metric, "along_out": along_out, "zero": apply}
+    select_nm_triton(weight, n, m, x=x, outputs=outputs, nan=nan, **options)
+    if metric is None:
+        raise_if_nan(nan, "weight", "x", x)
+    else:
+        raise_if_nan(nan, f"{metric.text} of weight", "", None)
 
 
 def _select_cpu(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool) -> Tensor:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from trisparse.kernels.bitmask_triton import merge_bits
 from trisparse.kernels.launch import launch
-from trisparse.kernels.score_triton import widen
+from trisparse.kernels.metric_triton import MetricInputs
+from trisparse.kernels.score_triton import bits_set, widen
 
 SPLIT, STRIDED, ALONG_OUT = 0, 1, 2
 ROWS = 4  # of a program: they share the loads of x
@@ -72,6 +73,30 @@ def _planes(w_ptr, start, size, UNITS: tl.constexpr, U: tl.constexpr, MODE: tl.c
     else:
         for j in tl.static_range(U):
             out = out + (tl.load(w_ptr + start + j * stride + h, mask=h < size, other=0.0),)
+    return out
+
+
+@triton.jit
+def _score_planes(
+    w_ptr, m, row, col, size, UNITS: tl.constexpr, U: tl.constexpr, MODE: tl.constexpr, stride, SCORE: tl.constexpr
+):
+    """A metric's scores of the weights that `_planes` reads from (row, col) on; 0 where there are none."""
+    h = tl.arange(0, UNITS)
+    w_ptr += row * stride + col
+    out = ()
+    if MODE == 0:
+        C: tl.constexpr = min(U, 128 // w_ptr.dtype.element_ty.primitive_bitwidth)
+        for c in tl.static_range(0, U, C):
+            i = h[:, None] * U + c + tl.arange(0, C)[None, :]
+            w = widen(tl.load(w_ptr + i, mask=i < size, other=0.0))
+            s = tl.where(i < size, SCORE(w, m, row, col + i, i < size), 0.0)
+            out = out + _split_planes(s, UNITS, C)
+    else:
+        for j in tl.static_range(U):
+            i = h * U + j if MODE == 1 else h
+            at = w_ptr + i if MODE == 1 else w_ptr + j * stride + i
+            w = widen(tl.load(at, mask=i < size, other=0.0))
+            out = out + (tl.where(i < size, SCORE(w, m, row if MODE == 1 else row + j, col + i, i < size), 0.0),)
     return out
 
 
@@ -132,14 +157,6 @@ def _at_least(key, least, FIRST: tl.constexpr, M: tl.constexpr, SIGNED: tl.const
 
 
 @triton.jit
-def _count_bits(v):
-    """The bits set in uint32 words, in the form that LLVM turns into one instruction."""
-    v = v - ((v >> 1) & 0x55555555)
-    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-    return (((v + (v >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
-
-
-@triton.jit
 def _keep_exactly(bits, N: tl.constexpr, M: tl.constexpr, NETWORK: tl.constexpr, SIGNED: tl.constexpr, nan_ptr):
     """uint32 words of the N planes kept of M, from the bits of any scores; ties go to the lower plane."""
     key = ()
@@ -156,7 +173,7 @@ def _keep_exactly(bits, N: tl.constexpr, M: tl.constexpr, NETWORK: tl.constexpr,
     nth, _ = _nth_greatest(key, N, M, NETWORK)
     word = _at_least(key, nth + 1, 0, M, SIGNED)
     ties = _at_least(key, nth, 0, M, SIGNED) ^ word  # whose bits are all among them
-    need = N - _count_bits(word).to(tl.int32)
+    need = N - bits_set(word).to(tl.int32)
     for _ in range(N):
         lowest = tl.where(need > 0, ties & (0 - ties), 0)
         word |= lowest
@@ -169,6 +186,8 @@ def _keep_exactly(bits, N: tl.constexpr, M: tl.constexpr, NETWORK: tl.constexpr,
 def select_nm_kernel(
     w_ptr,  # [rows, cols], rows stride_w apart; zeroed in place if ZERO
     x_ptr,  # [cols] fp32 if HAS_X
+    g_ptr,  # [rows, cols] if SCORE reads G, rows stride_g apart
+    stats_ptr,  # the statistics that SCORE reads
     mask_ptr,  # [rows, cols] bytes 0 and 1 if MASK
     packed_ptr,  # [rows, ceil(cols / 8)] bits if PACKED
     values_ptr,  # [rows, cols / 2] if COMPRESS (2:4)
@@ -177,6 +196,7 @@ def select_nm_kernel(
     rows,  # ALONG_OUT: of groups
     cols,
     stride_w,
+    stride_g,
     N: tl.constexpr,
     M: tl.constexpr,
     U: tl.constexpr,
@@ -186,6 +206,8 @@ def select_nm_kernel(
     NETWORK: tl.constexpr,
     HAS_X: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    SCORE: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # whether scores are expected below 0
     ZERO: tl.constexpr,
     MASK: tl.constexpr,
     PACKED: tl.constexpr,
@@ -193,6 +215,7 @@ def select_nm_kernel(
 ):
     """ROWS rows (ALONG_OUT: row groups) of UNITS units; the program's x serves all of them."""
     STEP: tl.constexpr = 1 if MODE == 2 else U  # columns of a unit
+    SIGNED: tl.constexpr = not ABSOLUTE or HAS_X
     blocks = tl.cdiv(cols, UNITS * STEP)
     pid = tl.program_id(0)
     col = (pid % blocks) * (UNITS * STEP)
@@ -209,16 +232,22 @@ def select_nm_kernel(
         if MODE == 2:
             row = row * M
         w = _planes(w_ptr, row * stride_w + col, size, UNITS, U, MODE, stride_w)
+        if SCORE is not None:
+            m = (g_ptr, stride_g, x_ptr, stats_ptr, rows * M if MODE == 2 else rows, cols)
+            s = _score_planes(w_ptr, m, row, col, size, UNITS, U, MODE, stride_w, SCORE)
         bits = ()
         for j in tl.static_range(U):
-            v = widen(w[j])
+            if SCORE is None:
+                v = widen(w[j])
+            else:
+                v = s[j]
             if ABSOLUTE:
                 v = tl.abs(v)
             if HAS_X:
                 v = v * x[0 if MODE == 2 else j]
             bits = bits + (v.to(tl.uint32, bitcast=True),)
         word = tl.zeros([UNITS], tl.uint32)
-        if HAS_X and ABSOLUTE:
+        if not NEGATIVE:
             # The common case: no score is negative or a NaN, and none equals the N-th of its group. Then the
             # bits order as the scores do, and the word of those at least the N-th has N bits a group.
             most = bits[0]
@@ -226,7 +255,7 @@ def select_nm_kernel(
                 nth, top = _nth_greatest(bits[k * M : k * M + M], N, M, NETWORK)
                 most = tl.maximum(most, top)
                 word |= _at_least(bits, nth, k * M, M, False) << (k * M)
-            odd = tl.where(most > 0x7F800000, 1, _count_bits(word) - N * (U // M))
+            odd = tl.where(most > 0x7F800000, 1, bits_set(word) - N * (U // M))
             if tl.max(tl.where(h * STEP < size, odd, 0), 0) != 0:
                 word = tl.zeros([UNITS], tl.uint32)
                 for k in tl.static_range(U // M):
@@ -234,7 +263,7 @@ def select_nm_kernel(
                     word |= part << (k * M)
         else:
             for k in tl.static_range(U // M):
-                part = _keep_exactly(bits[k * M : k * M + M], N, M, NETWORK, not ABSOLUTE or HAS_X, nan_ptr)
+                part = _keep_exactly(bits[k * M : k * M + M], N, M, NETWORK, SIGNED, nan_ptr)
                 word |= part << (k * M)
         keep = ()
         for j in tl.static_range(U):
@@ -298,6 +327,7 @@ def select_nm_triton(
     *,
     x: Tensor | None,
     absolute: bool,
+    metric: MetricInputs | None = None,
     along_out: bool,
     zero: bool,
     outputs: dict[str, Tensor],
@@ -325,16 +355,24 @@ def select_nm_triton(
         "NETWORK": sorting_network(half) + tuple(half + i for i in sorting_network(m - half)),
         "HAS_X": x is not None,
         "ABSOLUTE": absolute,
+        # Of |W| alone many are equal in 16 bits, and the common case would be none.
+        "NEGATIVE": not absolute or x is None,
+        "SCORE": None,
         "ZERO": zero,
         "MASK": "mask" in outputs,
         "PACKED": "packed" in outputs,
         "COMPRESS": "values" in outputs,
     }
+    if metric is not None:
+        options |= {**metric.constants, "HAS_X": False, "ABSOLUTE": False, "NEGATIVE": metric.negative}
+        x = metric.x
     launch(
         select_nm_kernel,
         (programs * triton.cdiv(row_groups, ROWS),),
         weight,
         dummy if x is None else x.to(torch.float32),
+        dummy if metric is None else metric.g,
+        dummy if metric is None else metric.statistics,
         outputs["mask"].view(torch.uint8) if "mask" in outputs else dummy,
         outputs.get("packed", dummy),
         outputs.get("values", dummy),
@@ -343,6 +381,7 @@ def select_nm_triton(
         row_groups,
         cols,
         weight.stride(0),
+        0 if metric is None else metric.g.stride(0),
         num_warps=1,
         **options,
     )

@@ -50,3 +50,19 @@ def load_score(
             else:
                 s = s * tl.load(source + i, mask=i < left, other=0.0)
     return w, s
+
+
+@triton.jit
+def key_of(s):
+    """fp32 -> int32 in the same order: the bits of |s| with the sign of s; those of 0 and -0 are 0."""
+    bits = s.to(tl.int32, bitcast=True)
+    return ((bits & 0x7FFFFFFF) ^ (bits >> 31)) - (bits >> 31)
+
+
+@triton.jit
+def bits_set(word):
+    """How many bits of a uint32 are set, in the form that LLVM turns into one popc."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return (word * 0x01010101) >> 24

@@ -28,16 +28,9 @@ from torch import Tensor
 
 from trisparse.kernels.launch import launch, target
 from trisparse.kernels.metric_triton import MetricInputs
-from trisparse.kernels.score_triton import load_score
+from trisparse.kernels.score_triton import bits_set, key_of, load_score
 
 MAX_HELD = 32768  # columns whose scores fit the registers of one program; wider rows are read again for each count
-
-
-@triton.jit
-def _key(s):
-    """fp32 -> int32 in the same order: the bits of |s| with the sign of s; those of 0 and -0 are 0."""
-    bits = s.to(tl.int32, bitcast=True)
-    return ((bits & 0x7FFFFFFF) ^ (bits >> 31)) - (bits >> 31)
 
 
 @triton.jit
@@ -46,16 +39,7 @@ def _keys_again(
 ):
     """Keys of the columns i of a row that is too wide to be held."""
     _, s = load_score(w_ptr, source, i, cols, HAS_X, ABSOLUTE, False, SCORE)
-    return tl.where(i < cols, tl.minimum(tl.maximum(_key(s), floor), ceiling), floor)
-
-
-@triton.jit
-def _bits_set(word):
-    """How many bits of a uint32 are set, in the form that LLVM turns into one popc."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return (word * 0x01010101) >> 24
+    return tl.where(i < cols, tl.minimum(tl.maximum(key_of(s), floor), ceiling), floor)
 
 
 @triton.jit
@@ -80,7 +64,7 @@ def _missed(quarters, t, FROM: tl.constexpr, TO: tl.constexpr):
         word = (word << 1) | ((quarters[c] - t).to(tl.uint32, bitcast=True) >> 31)
     if TO - FROM < 32:
         word &= (1 << (TO - FROM)) - 1
-    return _bits_set(word).to(tl.int32, bitcast=True)
+    return bits_set(word).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -227,7 +211,7 @@ def select_rows_kernel(
             total = tl.zeros([CHUNK], tl.float32)
             for c in tl.static_range(CHUNKS):
                 total += tl.abs(keys[c].to(tl.float32, bitcast=True))
-                key = _key(keys[c].to(tl.float32, bitcast=True))
+                key = key_of(keys[c].to(tl.float32, bitcast=True))
                 reached += ((key >= 0) & (c * CHUNK + i < cols)).to(tl.int32)
                 mapped = mapped + (key,)
             keys = mapped
@@ -266,7 +250,7 @@ def select_rows_kernel(
     if HELD:
         quarters = _quarters(keys, CHUNK)
     at = mean * guess
-    q = _key(at) >> SHIFT
+    q = key_of(at) >> SHIFT
     step = 0  # 8 to 11 recur
     while (n_low != k) & (high - low > 1):
         if HELD:
@@ -292,7 +276,7 @@ def select_rows_kernel(
             miss = (n - k + 0.5) / cols
             beyond = tl.where(miss > 0, 0.01, -0.01)
             at += mean * slope * (miss * (1.0 + 0.2 * step) + beyond)
-            q = _key(at) >> SHIFT
+            q = key_of(at) >> SHIFT
         else:
             if step & (10 if HELD else 9) == (10 if HELD else 8):
                 q = low + ((high - low) >> 1)

@@ -9,8 +9,8 @@ The weights are read twice, ties or not, and neither copied nor sorted:
    whether the k-th score lies at an end or inside; in the latter case it is looked for among the collected
    ones in the same way, until so few are left that the sample's own sort takes them.
 2. Where only some of the scores equal to the k-th are kept, the equal ones of each program are known from
-   its counts, or from its part of the collected scores. So all programs before a certain one keep theirs, all after
-   it drop them, and that one alone ranks them. `write_kernel` writes the mask or its bits, and zeroes the weight.
+   its counts, or from its part of the collected scores. So all programs before a certain one keep theirs, all
+   after it drop them, and that one alone ranks them. `write_kernel` writes the mask or its bits, and zeroes the weight.
 
 The counts check the bracket: a sample that missed costs one more read, never a wrong mask. A radix histogram
 would read once more (its first read finds only the bin of the k-th score), and would place every element by a
@@ -57,6 +57,18 @@ def _place(cols, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _pieces(t, N: tl.constexpr, PIECES: tl.constexpr):
+    """[N] as PIECES tensors [N / PIECES], every PIECES-th element in each: a thread's vector, taken apart."""
+    pieces = (t,)
+    for level in tl.static_range(PIECES.bit_length() - 1):
+        halves = ()
+        for p in tl.static_range(len(pieces)):
+            halves = halves + tl.split(tl.reshape(pieces[p], [N >> level + 1, 2]))
+        pieces = halves
+    return pieces
+
+
+@triton.jit
 def bracket_kernel(
     w_ptr,  # [rows, cols], rows stride_w apart
     x_ptr,  # [cols] fp32 if HAS_X
@@ -76,6 +88,7 @@ def bracket_kernel(
     stride_g,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    VECTOR: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_X: tl.constexpr,
     ABSOLUTE: tl.constexpr,
@@ -91,7 +104,7 @@ def bracket_kernel(
     left = tl.minimum(cols - start, CHUNK * CHUNKS).to(tl.int32)
     low, high = tl.load(bracket_ptr), tl.load(bracket_ptr + 1)
     top = tl.zeros([CHUNK], tl.float32)
-    n = tl.zeros([CHUNK], tl.int32)
+    n = tl.zeros([CHUNK // VECTOR], tl.int32)
     s = ()
     for c in tl.static_range(CHUNKS):
         i = c * CHUNK + tl.arange(0, CHUNK)
@@ -99,9 +112,10 @@ def bracket_kernel(
         top = max_or_nan(top, s_c)
         if not EXACT:
             s_c = tl.where(i < left, s_c, float("nan"))
-        from_low = tl.where(s_c > low, _INSIDE, tl.where(s_c >= low, _LOW, 0))
-        n += tl.where(s_c > high, _ABOVE, tl.where(s_c >= high, _HIGH, from_low))
-        s = s + (s_c,)
+        s = s + _pieces(s_c, CHUNK, VECTOR)
+    for c in tl.static_range(len(s)):
+        from_low = tl.where(s[c] > low, _INSIDE, tl.where(s[c] >= low, _LOW, 0))
+        n += tl.where(s[c] > high, _ABOVE, tl.where(s[c] >= high, _HIGH, from_low))
     at = tl.cumsum(n >> 24, 0) - (n >> 24)
     even, odd = tl.sum(n & 0x00FF00FF, 0), tl.sum((n >> 8) & 0x00FF00FF, 0)
     inside = odd >> 16
@@ -110,14 +124,13 @@ def bracket_kernel(
     tl.store(count_ptr + programs, odd & 0xFFFF)
     tl.store(count_ptr + 2 * programs, even >> 16)
     tl.store(count_ptr + 3 * programs, inside)
-    top = tl.reduce(top, 0, max_or_nan)
-    tl.store(count_ptr + 4 * programs, (top != top).to(tl.int32))
+    tl.store(count_ptr + 4 * programs, tl.max((top != top).to(tl.int32), 0))
     if inside > 0:
         begin = tl.atomic_add(cursor_ptr, inside.to(tl.int64), sem="relaxed")
         tl.store(start_ptr + first + tl.program_id(0), begin)
         if begin + inside <= capacity:
             inside_ptr += begin
-            for c in tl.static_range(CHUNKS):
+            for c in tl.static_range(len(s)):
                 within = (s[c] > low) & (s[c] < high)
                 tl.store(inside_ptr + at, s[c], mask=within)
                 at += within.to(tl.int32)
@@ -379,7 +392,8 @@ def _count(parts: list[_Part], bracket: Tensor, capacity: int, absolute: bool) -
     first = 0
     for part in parts:
         buffers = (bracket, counts, starts, inside, cursor, capacity, first, programs)
-        part.launch(bracket_kernel, *buffers, no_x=bracket, absolute=absolute)
+        vector = 16 // part.weight.element_size()
+        part.launch(bracket_kernel, *buffers, no_x=bracket, absolute=absolute, VECTOR=vector)
         first += part.programs
     return _Read(bracket, counts, starts, inside)
 

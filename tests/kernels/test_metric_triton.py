@@ -11,6 +11,7 @@ import torch
 from trisparse.kernels.bitmask import pack_bits_ref
 from trisparse.kernels.launch import device, interpret, using
 from trisparse.kernels.metric import compile_metric, score
+from trisparse.kernels.nm import meta_2_4, select_nm, select_nm_ref
 from trisparse.kernels.select import select_rows
 from trisparse.kernels.threshold import select_global, select_global_ref
 
@@ -120,3 +121,33 @@ def test_global_over_tensors_with_an_unlucky_sample(monkeypatch, library, inputs
         for packed, mask, w, after in zip(found, expected, ws, zeroed, strict=True):
             assert torch.equal(packed, pack_bits_ref(mask)), name
             assert torch.equal(after, w.masked_fill(~mask, 0)), name
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (3, 7)])
+def test_nm(library, inputs, same_mask, n, m):
+    for number, (name, tree) in enumerate(library.items()):
+        dtype = (torch.bfloat16, torch.float32, torch.float16)[number % 3]
+        w, g, x = given = there(inputs(2 * m, 3 * m, 6, dtype, torch.float32))
+        metric = compile_metric(tree)
+        mask = select_nm(w, n, m, x=x, score=metric, g=g)
+        assert same_mask(mask, tree, given, n, m) or name not in EXACT, name
+        zeroed = w.clone()
+        packed = select_nm(zeroed, n, m, x=x, score=metric, g=g, out="packed", apply=True)
+        assert torch.equal(packed, pack_bits_ref(mask)), name
+        assert torch.equal(zeroed, w.masked_fill(~mask, 0)), name
+        if name in EXACT:
+            along = select_nm(w, n, m, x=x, score=metric, g=g, along_out=True)
+            expected = select_nm_ref(tree.evaluate(*given).T.contiguous(), n, m, absolute=False).T
+            assert torch.equal(along, expected), name
+
+
+def test_nm_compressed(library, inputs):
+    w, g, x = there(inputs(3, 48, 7, torch.bfloat16))
+    metric = compile_metric(library["pruner-zero"])
+    for n, m in ((2, 4), (3, 8)):
+        mask = select_nm_ref(metric.evaluate(w, g, x), n, m, absolute=False)
+        zeroed = w.clone()
+        values, meta = select_nm(zeroed, n, m, x=x, score=metric, g=g, out="compressed", apply=True)
+        assert torch.equal(values, w[mask].reshape(3, 48 * n // m))
+        assert torch.equal(meta, meta_2_4(mask) if m == 4 else pack_bits_ref(mask))
+        assert torch.equal(zeroed, w.masked_fill(~mask, 0))
