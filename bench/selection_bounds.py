@@ -29,9 +29,11 @@ import torch
 from torch import Tensor
 
 from trisparse.kernels.launch import Emulator, using
+from trisparse.kernels.metric import compile_metric
 from trisparse.kernels.nm import select_nm
 from trisparse.kernels.select import select_rows
 from trisparse.kernels.threshold import select_global
+from trisparse.sparsity.metric.parser import parse
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 SLOTS_PER_US = 4 * 108 * 1410.0
@@ -43,7 +45,7 @@ Operation = Callable[[Tensor, Tensor], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on (weight, x), the bytes that it writes per weight, and whether it reads x.
+    """An operation on (weight, x), the bytes that it writes and reads per weight, and whether it reads x.
 
     ``emulated`` rows run, and are scaled to the whole: every row does the same work but for its data.
     """
@@ -52,6 +54,7 @@ class Case:
     written: float
     reads_x: bool = True
     emulated: int = 16
+    read: float = 2.0
 
 
 def cases() -> dict[str, Case]:
@@ -79,11 +82,29 @@ def cases() -> dict[str, Case]:
             name = f"{n}:{m}, |W|*X, {'in place + ' if apply else ''}packed"
             run = partial(_select_nm, n=n, m=m, apply=apply)
             table[name] = Case(run, 2.125 if apply else 0.125)
+    # Metrics that are compiled to a score, with G in bf16; mms(G) is known after one more read of G.
+    for text, written_as, read, reads_x in (
+        ("abs(W) * X", "|W|*X", 2.0, True),
+        ("abs(W * G)", "|W*G|", 4.0, False),
+        ("abs(W * W) * mms(G)", "|W*W|*mms(G)", 6.0, False),
+    ):
+        for pattern, select in (("rows 50%", _select_half), ("2:4", partial(_select_nm, n=2, m=4))):
+            run = partial(_select_by_metric, text=text, select=select)
+            table[f"{pattern}, metric {written_as}, in place + packed"] = Case(run, 2.125, reads_x, read=read)
     return table
 
 
-def _select_nm(weight: Tensor, x: Tensor, *, n: int, m: int, apply: bool) -> Any:
-    return select_nm(weight, n, m, x=x, out="packed", apply=apply)
+def _select_half(weight: Tensor, x: Tensor, *, apply: bool, **by: Any) -> Any:
+    return select_rows(weight, weight.shape[1] // 2, x=x, out="packed", apply=apply, **by)
+
+
+def _select_by_metric(weight: Tensor, x: Tensor, *, text: str, select: Callable[..., Any]) -> Any:
+    g = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+    return select(weight, x, apply=True, score=compile_metric(parse(text)), g=g)
+
+
+def _select_nm(weight: Tensor, x: Tensor, *, n: int, m: int, apply: bool, **by: Any) -> Any:
+    return select_nm(weight, n, m, x=x, out="packed", apply=apply, **by)
 
 
 def bound(case: Case, rows: int, cols: int) -> dict[str, Any]:
@@ -98,7 +119,7 @@ def bound(case: Case, rows: int, cols: int) -> dict[str, Any]:
     scale = rows / case.emulated
     x_bytes = 4 * cols if case.reads_x else 0
     moved = sum(p.unique_read_sector_bytes + p.unique_write_sector_bytes - x_bytes for p in profiles)
-    compulsory = rows * cols * (2 + case.written) + x_bytes
+    compulsory = rows * cols * (case.read + case.written) + x_bytes
     issued = scale * sum(sum(n for kind, n in p.insts.items() if kind not in _FREE) for p in profiles)
     ideal = sum(p.ideal_wavefronts for p in profiles)
     dram_us, issue_us = compulsory / DRAM_BYTES_PER_US, issued / SLOTS_PER_US

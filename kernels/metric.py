@@ -143,7 +143,9 @@ class CompiledMetric:
             if g.dtype not in DTYPES:
                 raise ValueError(f"{names[1]} has dtype {g.dtype}; allowed are {', '.join(map(str, DTYPES))}")
             if g.shape != weight.shape:
-                raise ValueError(f"{names[1]} has shape {tuple(g.shape)}; it must be the weight's, {tuple(weight.shape)}")
+                raise ValueError(
+                    f"{names[1]} has shape {tuple(g.shape)}; it must be the weight's, {tuple(weight.shape)}"
+                )
             if g.device != weight.device:
                 raise ValueError(f"{names[1]} is on {g.device}; it must be on the weight's device, {weight.device}")
             check_inner(g, names[1])

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
-# ruff: noqa: RUF005 (the forms that Triton compiles)
+
 """Triton kernels of metrics: the statistics that a score needs, and the score matrix; see kernels/metric.py.
 
 A pass reduces tiles, one a program, each to one number (row sums: one a row; column sums: one a column), and torch

@@ -335,7 +335,8 @@ def config(cols: int, dtype: torch.dtype, cc: int, metric: bool = False) -> dict
     if cols > MAX_HELD:
         chunks = triton.cdiv(cols, 4096)
         return {"CHUNK": 4096, "CHUNKS": chunks, "HELD": False, "num_warps": 16}
-    warps, most = 1, 8 if dtype == torch.float32 else 11
+    # What a metric computes takes registers of its own, and its gradients, too: fewer keys a thread for fp32.
+    warps, most = 1, 11 if dtype != torch.float32 else 4 if metric else 8
     while triton.cdiv(cols, 256 * warps) > most:
         warps *= 2
     chunks = max(1, triton.cdiv(cols, 256 * warps))

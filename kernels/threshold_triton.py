@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
-# ruff: noqa: RUF005 (the forms that Triton compiles)
+
 """Triton kernels of global selection; the operation and its reference are in kernels/threshold.py.
 
 The weights are read twice, ties or not, and neither copied nor sorted:
