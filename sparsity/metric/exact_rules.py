@@ -62,7 +62,7 @@ def neutral_element(node: Node) -> Node | None:
 
 
 def zero(node: Node) -> Node | None:
-    """x - x, a function of 0 that is 0, x / 0 (by its guard), mms and zsn of one number; 0 * W where W's shape counts."""
+    """0 is x - x, a function of 0 that is 0, x / 0 by its guard, mms and zsn of one number; 0 * W for W's shape."""
     if node.is_number or node == _ZEROS:
         return None
     left, right = node.left if node.operands else node, node.operands[-1] if node.operands else node

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +201,11 @@ def test_lists():
     assert [row["operation"].partition("(")[0] for row in rows] == list(OPERATIONS)
     assert {row["operation"]: row["infix"] for row in rows}["ratio(x, y)"] == "x / y"
     assert {row["origin"] for row in rows} == {"Pruner-Zero", "extension"}
+
+
+def test_the_page_for_users_has_every_metric_and_operation():
+    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    for row in list_metrics()[0]:
+        assert f"| `{row['name']}` | {'`' + row['expression'] + '`' if row['expression'] else 'uniform'}" in page
+    for row in list_operations()[0]:
+        assert f"| `{row['operation']}` | " in page
