@@ -250,7 +250,7 @@ class _Pruning:
         shape = (target.weight.numel() // target.cols, target.cols)
         if tuple(norm.shape) != shape:
             raise ValueError(f"gradients of {target.name} have shape {tuple(norm.shape)}; they must be {shape}")
-        return norm.to(target.weight.device).chunk(target.parts)
+        return list(norm.to(target.weight.device).chunk(target.parts))
 
     def _attach(self, target: Target, mask: Mask, seconds: float, note: str) -> None:
         attach(target.module, target.param, mask)
