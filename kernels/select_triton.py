@@ -128,7 +128,7 @@ def _pack(below, CHUNK: tl.constexpr):
     word = b7  # eight bits of which are pushed in, and the rest cut off
     for b in tl.static_range(8):
         word = (word << 1) | (columns[b] >> 31)
-    return (~word).to(tl.uint8)
+    return (word ^ 255).to(tl.uint8)
 
 
 @triton.jit
@@ -329,8 +329,8 @@ def config(cols: int, dtype: torch.dtype, cc: int, metric: bool = False) -> dict
     A thread loads 8 columns of a chunk at a time, 16 bytes of bf16. Few warps make few cross-warp
     reductions, which are the cost of a count beside the comparisons; but 8 chunks, 64 keys a thread, are
     the most that 128 registers take without a spill, which let 16 warps live on an SM to hide the loads, and
-    11 chunks (fp32: 8) the most for 168 registers and 12 warps. The code for sm_100 needs up to 230; there
-    the assembler chooses.
+    11 chunks (fp32: 8) the most for 168 registers and 12 warps. The code for sm_100 holds pairs of scores in
+    64-bit registers, and needs up to 230.
     """
     if cols > MAX_HELD:
         chunks = triton.cdiv(cols, 4096)
@@ -341,9 +341,9 @@ def config(cols: int, dtype: torch.dtype, cc: int, metric: bool = False) -> dict
         warps *= 2
     chunks = max(1, triton.cdiv(cols, 256 * warps))
     shape = {"CHUNK": 256 * warps, "CHUNKS": chunks, "HELD": True, "num_warps": warps}
-    registers = 168 if dtype == torch.float32 or chunks > 8 else 128
+    registers = 240 if cc >= 100 else 168 if dtype == torch.float32 or chunks > 8 else 128
     # 16 warps leave 128 registers each in any case.
-    return shape if cc >= 100 or warps > 8 else {**shape, "maxnreg": registers}
+    return shape if warps > 8 else {**shape, "maxnreg": registers}
 
 
 def select_rows_triton(
