@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
-# ruff: noqa: E741, RUF005, SIM108 (the forms that Triton compiles)
+# ruff: noqa: RUF005, SIM108 (the forms that Triton compiles)
 """Triton kernels of N:M selection; the operation, its reference and its formats are in kernels/nm.py.
 
 A group of m is held as m planes: plane j is a tensor of the j-th elements of many groups, so that a thread
