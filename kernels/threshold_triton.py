@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
-# ruff: noqa: RUF005 (the forms that Triton compiles)
 """Triton kernels of global selection; the operation and its reference are in kernels/threshold.py.
 
 The weights are read twice, ties or not, and neither copied nor sorted:
@@ -58,18 +57,12 @@ def _place(cols, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 @triton.jit
 def _score(w_ptr, x_ptr, i, left, HAS_X: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr):
     """(weights, scores) of the columns i, of which those below `left` exist, all of them if EXACT."""
-    if EXACT:
-        w = tl.load(w_ptr + i)
-    else:
-        w = tl.load(w_ptr + i, mask=i < left, other=0.0)
+    w = tl.load(w_ptr + i) if EXACT else tl.load(w_ptr + i, mask=i < left, other=0.0)
     s = widen(w)
     if ABSOLUTE:
         s = tl.abs(s)
     if HAS_X:
-        if EXACT:
-            s = s * tl.load(x_ptr + i)
-        else:
-            s = s * tl.load(x_ptr + i, mask=i < left, other=0.0)
+        s = s * (tl.load(x_ptr + i) if EXACT else tl.load(x_ptr + i, mask=i < left, other=0.0))
     return w, s
 
 
@@ -194,20 +187,11 @@ def write_kernel(
         if PACKED:
             byte = merge_bits(keep.to(tl.int32), CHUNK, 1, 8).to(tl.uint8)
             j = c * (CHUNK // 8) + tl.arange(0, CHUNK // 8)
-            if EXACT:
-                tl.store(out_ptr + j, byte)
-            else:
-                tl.store(out_ptr + j, byte, mask=j < tl.cdiv(left, 8))
-        elif EXACT:
-            tl.store(out_ptr + i, keep.to(tl.uint8))
+            tl.store(out_ptr + j, byte, mask=None if EXACT else j < tl.cdiv(left, 8))
         else:
-            tl.store(out_ptr + i, keep.to(tl.uint8), mask=i < left)
+            tl.store(out_ptr + i, keep.to(tl.uint8), mask=None if EXACT else i < left)
         if ZERO:
-            zeroed = tl.where(keep, w, 0.0).to(w.dtype)
-            if EXACT:
-                tl.store(w_ptr + i, zeroed)
-            else:
-                tl.store(w_ptr + i, zeroed, mask=i < left)
+            tl.store(w_ptr + i, tl.where(keep, w, 0.0).to(w.dtype), mask=None if EXACT else i < left)
 
 
 @dataclass
@@ -262,8 +246,7 @@ def select_global_triton(
     threshold, cut = _threshold(parts, k, absolute)
     outputs, first = [], 0
     for weight, part in zip(weights, parts, strict=True):
-        rows, cols = weight.shape
-        shape = (rows, triton.cdiv(cols, 8) if packed else cols)
+        shape = (weight.shape[0], triton.cdiv(weight.shape[1], 8) if packed else weight.shape[1])
         output = torch.empty(shape, dtype=torch.uint8 if packed else torch.bool, device=weight.device)
         written = output.view(torch.uint8)
         part.launch(
@@ -301,13 +284,17 @@ def _threshold(parts: list[_Part], k: int, absolute: bool) -> tuple[Tensor, Tens
 
 def _kth(scores: Tensor, k: int) -> Tensor:
     """The k-th greatest of fp32 scores [n], as [1]. Few are sorted: no more than four samples."""
-    if scores.numel() <= 4 * _SAMPLES:
-        return scores.sort(descending=True).values[k - 1 : k]
-    read = _read([_Part(scores[None], None, False)], k, False)
-    rank = k - read.above - read.at_high
-    if rank <= 0:
-        return read.bracket[1:]
-    return _kth(read.inside, rank) if rank <= read.inside.numel() else read.bracket[:1]
+    while scores.numel() > 4 * _SAMPLES:
+        read = _read([_Part(scores[None], None, False)], k, False)
+        rank = k - read.above - read.at_high
+        if rank <= 0:
+            return read.bracket[1:]
+        if rank > read.inside.numel():
+            return read.bracket[:1]
+        if 2 * read.inside.numel() > scores.numel():  # all samples missed: without end, should that go on
+            break
+        scores, k = read.inside, rank
+    return scores.sort(descending=True).values[k - 1 : k]
 
 
 @dataclass

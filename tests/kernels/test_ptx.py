@@ -146,7 +146,7 @@ def test_packed():
         ("rows 50%, |W|*X, in place + packed", 1.5),
         ("rows 50%, |W| (ties), in place + packed", 1.5),
         ("layer 50%, |W|, in place + packed", 1.0),
-        ("layer 50%, |W|*X, in place + packed", 1.0),
+        ("layer 50%, |W|*X, in place + packed", 1.1),
         ("2:4, |W|*X, in place + packed", 1.0),
         ("2:4, |W|*X, packed", 1.0),
         ("2:4, |W|*X, compressed", 1.0),
