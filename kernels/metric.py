@@ -291,7 +291,8 @@ def _import(source: str) -> ModuleType:
     if not path.is_file() or path.read_text() != source:
         _write(path, source)
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

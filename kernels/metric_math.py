@@ -79,11 +79,12 @@ def over_norm(x, norm):
 
 @triton.jit
 def min_max_scaled(x, low, high):
-    """(x - low) / (high - low), correctly rounded; 0 where these are equal."""
-    return tl.where(low == high, 0.0, tl.div_rn(x - low, high - low))
+    """(x - low) / (high - low), correctly rounded; 0 where these are equal, and a NaN where they are infinite."""
+    return tl.where((low == high) & (tl.abs(high) != float("inf")), 0.0, tl.div_rn(x - low, high - low))
 
 
 @triton.jit
 def standardised(x, mean, deviation, low, high):
     """(x - mean) / deviation, correctly rounded; 0 of a constant, whose deviation rounding may leave above 0."""
-    return tl.where((deviation == 0) | (low == high), 0.0, tl.div_rn(x - mean, deviation))
+    constant = (low == high) & (tl.abs(high) != float("inf"))
+    return tl.where((deviation == 0) | constant, 0.0, tl.div_rn(x - mean, deviation))

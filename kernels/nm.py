@@ -321,8 +321,9 @@ def _launch(
     from trisparse.kernels.nm_triton import select_nm_triton  # Triton is there on Linux only
 
     nan = weight.new_zeros(1, dtype=torch.int32)
-    options = {"absolute": absolute, "metric": metric, "along_out": along_out, "zero": apply}
-    select_nm_triton(weight, n, m, x=x, outputs=outputs, nan=nan, **options)
+    select_nm_triton(
+        weight, n, m, x=x, absolute=absolute, metric=metric, along_out=along_out, zero=apply, outputs=outputs, nan=nan
+    )
     if metric is None:
         raise_if_nan(nan, "weight", "x", x)
     else:

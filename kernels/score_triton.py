@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: SIM108 (the forms that Triton compiles)
 """What the Triton kernels of selection share; the score is defined in kernels/score.py."""
 
 from __future__ import annotations

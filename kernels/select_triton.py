@@ -371,7 +371,6 @@ def select_rows_triton(
     z, mean = normal.inv_cdf(1 - share / tails), (2 / torch.pi) ** 0.5
     if x is not None:
         x = x.to(torch.float32).contiguous()
-    held = config(cols, weight.dtype, target(weight), metric is not None)
     launch(
         select_rows_kernel,
         (rows,),
@@ -398,5 +397,5 @@ def select_rows_triton(
         MASK="mask" in outputs,
         PACKED="packed" in outputs,
         **({"SCORE": None} if metric is None else metric.constants),
-        **held,
+        **config(cols, weight.dtype, target(weight), metric is not None),
     )

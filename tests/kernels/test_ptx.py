@@ -168,7 +168,7 @@ def test_packed():
         ("rows 50%, |W|*X, mask", 1.0),
         ("rows 50%, |W| (ties), in place + packed", 1.0),
         ("layer 50%, |W|, in place + packed", 1.0),
-        ("layer 50%, |W|*X, in place + packed", 1.0),
+        ("layer 50%, |W|*X, in place + packed", 1.1),
         ("2:4, |W|*X, in place + packed", 0.5),
         ("2:4, |W|*X, packed", 0.6),
         ("2:4, |W|*X, compressed", 0.7),
