@@ -335,8 +335,7 @@ def config(cols: int, dtype: torch.dtype, cc: int, metric: bool = False) -> dict
     if cols > MAX_HELD:
         chunks = triton.cdiv(cols, 4096)
         return {"CHUNK": 4096, "CHUNKS": chunks, "HELD": False, "num_warps": 16}
-    # What a metric computes takes registers of its own, and its gradients, too: fewer keys a thread for fp32.
-    warps, most = 1, 11 if dtype != torch.float32 else 4 if metric else 8
+    warps, most = 1, 11 if dtype != torch.float32 else 4 if metric else 8  # a metric takes registers, too
     while triton.cdiv(cols, 256 * warps) > most:
         warps *= 2
     chunks = max(1, triton.cdiv(cols, 256 * warps))

@@ -1,4 +1,4 @@
-"""Runs test_triton.py under Triton's interpreter, which must be chosen before Triton is imported."""
+"""Runs test_triton.py and test_metric_triton.py under Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_kernels_interpreted():
+@pytest.mark.parametrize("name", ["test_triton.py", "test_metric_triton.py"])
+def test_kernels_interpreted(name):
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "test_triton.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / name)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
