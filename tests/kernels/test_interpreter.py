@@ -1,4 +1,4 @@
-"""Runs test_triton.py and test_metric_triton.py under Triton's interpreter, which must be chosen before Triton is imported."""
+"""Runs test_triton.py and test_metric_triton.py under Triton's interpreter, chosen before Triton is imported."""
 
 import os
 import subprocess
