@@ -12,7 +12,7 @@ from trisparse.kernels.bitmask import pack_bits_ref
 from trisparse.kernels.launch import device, interpret, using
 from trisparse.kernels.metric import compile_metric, score
 from trisparse.kernels.nm import meta_2_4, select_nm, select_nm_ref
-from trisparse.kernels.select import select_rows
+from trisparse.kernels.select import select_rows, select_rows_ref
 from trisparse.kernels.threshold import select_global, select_global_ref
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -153,3 +153,13 @@ def test_nm_compressed(library, inputs):
         assert torch.equal(values, w[mask].reshape(3, 48 * n // m))
         assert torch.equal(meta, meta_2_4(mask) if m == 4 else pack_bits_ref(mask))
         assert torch.equal(zeroed, w.masked_fill(~mask, 0))
+
+
+def test_signs_that_the_metric_does_not_expect(library, inputs):
+    w, g, x = there(inputs(4, 64, 8, torch.float16))
+    g, x = g - 0.05, x - 0.6
+    for name in EXACT:
+        given = {"x": x, "score": compile_metric(library[name]), "g": g}
+        scores = library[name].evaluate(w, g, x)
+        assert torch.equal(select_rows(w, 40, **given), select_rows_ref(scores, 40, absolute=False)), name
+        assert torch.equal(select_nm(w, 4, 8, **given), select_nm_ref(scores, 4, 8, absolute=False)), name
