@@ -35,6 +35,7 @@ class GradientInfo:
         sequences, tokens: of the calibration data; tokens of padding are not counted.
         dtype: that the norms are stored in, ``"float32"`` or ``"bfloat16"``.
         compute_dtype: of the matrix products behind them.
+        mode: of the backward pass, ``"whole"`` or ``"block"``.
         unreached: targets that got no gradient from any sequence.
     """
 
@@ -43,6 +44,7 @@ class GradientInfo:
     tokens: int
     dtype: str
     compute_dtype: str
+    mode: str = "block"
     unreached: tuple[str, ...] = ()
 
 
