@@ -11,7 +11,7 @@ time, in fp32 whatever they are stored in, and finished when the pass leaves the
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from trisparse.sparsity.capture import (
 from trisparse.sparsity.targets import Block, Target, Targets
 
 Loss = Callable[[nn.Module, Batch], Tensor]
+LossParts = Callable[[nn.Module, Batch], Iterable[Tensor]]  # parts that add up to the loss, made one at a time
 Computing = Callable[[], AbstractContextManager[Any]]
 Store = Callable[[Target, Tensor | None], None]  # takes a target and its norm, fp32 in the parameter's layout
 
@@ -124,11 +125,14 @@ def block_by_block(
     computing: Computing,
     store: Store,
     advance: Callable[[float], None],
-    folder: Path | None,
+    parts: LossParts | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Measure block after block, the last one first (see the module's docstring); ``advance`` as above.
 
     Args:
+        parts: the loss in parts, so that fewer logits are in memory at once; it is given up where its sum is not the
+            loss.
         folder: where the temporary file of hidden states is; None takes the system's folder for such files.
 
     Raises:
@@ -157,7 +161,10 @@ def block_by_block(
                 with torch.no_grad(), computing():
                     hidden.write((depth + 1, index), call.run(block.module, hidden.read((depth, index))))
             advance(share)
-        _through_head(model, blocks, chain, sequences, loss, computing, hidden, expected)
+        losses: list[LossParts] = [lambda model, sequence: [loss(model, sequence)]]
+        if parts is not None:
+            losses.insert(0, parts)
+        _through_head(model, blocks, chain, sequences, losses, computing, hidden, expected)
         for depth in reversed(range(first, len(blocks))):
             sums = SquareSums()
             with sums.collecting(inside[depth]):
@@ -173,7 +180,7 @@ def _through_head(
     blocks: Sequence[Block],
     chain: Chain,
     sequences: Sequence[Batch],
-    loss: Loss,
+    losses: list[LossParts],
     computing: Computing,
     hidden: _HiddenStates,
     expected: float,
@@ -182,7 +189,7 @@ def _through_head(
 
     The model's own forward computes the loss, with blocks that compute nothing; the last one gives those states.
     A model that takes anything else from its blocks than these has another loss than ``expected`` for the first
-    sequence, and is refused.
+    sequence, and is refused. Of ``losses``, the first that passes is taken.
     """
     leaving = torch.empty(0)
 
@@ -191,17 +198,29 @@ def _through_head(
         x = leaving if depth + 1 == len(blocks) else hidden_argument(args, kwargs)
         return x if issubclass(kind, Tensor) else (x, *rest)
 
+    def back(loss: LossParts, index: int) -> float:
+        total, parts = 0.0, iter(loss(model, sequences[index]))
+        while True:
+            with torch.enable_grad(), computing():
+                part = next(parts, None)
+            if part is None:
+                return total
+            total += float(_checked(part, index).detach())
+            part.backward()
+
     with ExitStack() as replaced:
         for depth, block in enumerate(blocks):
             replaced.enter_context(replaced_forward(block.module, partial(skip, depth)))
-        for index, sequence in enumerate(sequences):
-            leaving = hidden.read((len(blocks), index)).requires_grad_(True)
-            with torch.enable_grad(), computing():
-                value = _checked(loss(model, sequence), index)
-            if index == 0 and abs(float(value.detach()) - expected) > _SAME_LOSS * abs(expected):
-                raise _not_chained("its loss takes more from the blocks than the last one's output")
-            value.backward()
-            del value
+        for loss in losses:
+            leaving = hidden.read((len(blocks), 0)).requires_grad_(True)
+            if abs(back(loss, 0) - expected) <= _SAME_LOSS * abs(expected):
+                break
+        else:
+            raise _not_chained("its loss takes more from the blocks than the last one's output")
+        for index in range(len(sequences)):
+            if index > 0:
+                leaving = hidden.read((len(blocks), index)).requires_grad_(True)
+                back(loss, index)
             assert leaving.grad is not None
             hidden.write((len(blocks), index), leaving.grad)
 

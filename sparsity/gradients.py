@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trisparse.sparsity.batches import accepts, batch_size
 from trisparse.sparsity.capture import Batch, BlocksNotChainedError
@@ -37,6 +38,7 @@ from trisparse.sparsity.targets import Target, Targets
 Mode = Literal["whole", "block"]
 MODES: tuple[str, ...] = get_args(Mode)
 
+_HEAD_TOKENS = 128  # that have their logits in memory at once, where the model can give a choice of them
 _IGNORED = -100  # the label that transformers' losses leave out
 
 
@@ -58,7 +60,8 @@ def gradient_norms(
     hidden states that enter each block and one block's activations. In mode ``"block"``: G, or nothing of it with
     ``path``; one block's G in fp32, the greatest gradient of one weight, and one block's activations for one sequence;
     the hidden states wait in a temporary file (sequences x tokens x hidden size x blocks; in ``path``'s folder, else
-    where ``$TMPDIR`` says). Either way the logits of one sequence come with the loss.
+    where ``$TMPDIR`` says). The logits of one sequence come on top in mode ``"whole"``; in mode ``"block"`` they are
+    gone before the first G is there, and most models give them a few tokens at a time.
 
     Args:
         model: any module for ``"whole"``; one whose blocks feed each other for ``"block"``.
@@ -103,7 +106,8 @@ def gradient_norms(
         used = mode or "block"
         if used == "block":
             try:
-                block_by_block(*passes, folder=path.parent if path else None)
+                parts = _own_loss_in_parts if loss is None and accepts(model, "logits_to_keep") else None
+                block_by_block(*passes, parts, folder=path.parent if path else None)
             except BlocksNotChainedError:
                 if mode == "block" or dtype != torch.float32:
                     raise
@@ -188,6 +192,16 @@ def _own_loss(model: nn.Module, sequence: Batch) -> Tensor:
     if not isinstance(loss, Tensor):
         raise ValueError(f"{type(model).__name__} returns no .loss for labels: pass loss=(function of model and batch)")
     return loss
+
+
+def _own_loss_in_parts(model: nn.Module, sequence: Batch) -> Iterator[Tensor]:
+    """The mean cross entropy of the labels, from the logits of a few positions at a time."""
+    following = sequence["labels"][0, 1:]
+    (positions,) = (following != _IGNORED).nonzero(as_tuple=True)
+    inputs = {name: value for name, value in sequence.items() if name != "labels"}
+    for part in positions.split(_HEAD_TOKENS):
+        logits = model(**inputs, logits_to_keep=part).logits[0]
+        yield F.cross_entropy(logits.float(), following[part], reduction="sum") / len(positions)
 
 
 def _tokens(sequence: Batch) -> int:
