@@ -9,8 +9,8 @@ The sum is always kept in fp32. A running sum in bf16 would stop growing: a term
 away, which is most terms after a few hundred sequences. So ``dtype=torch.bfloat16`` means that each finished norm is
 rounded once (relative error at most 2^-9), which only ``mode="block"`` can do without an fp32 sum of the whole model.
 
-Measured on SmolLM2-135M, the two modes take the same time and ``"block"`` needs half the memory: the logits are
-gone before the first sum is there.
+Both modes compute each block twice forward and once backward. ``"block"`` needs less memory where the logits are large:
+they are gone before the first sum is there.
 """
 
 from __future__ import annotations
