@@ -1,4 +1,4 @@
-"""Runs test_triton.py and test_triton_shapes.py under Triton's interpreter, which must be chosen before Triton is imported."""
+"""Runs the kernel tests under Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
 import subprocess

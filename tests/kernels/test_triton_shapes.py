@@ -83,8 +83,8 @@ def test_one_row(awkward, dtype, cols):
         check_rows(kinds[name].to(WHERE), (cols + 1) // 2, (None, vector(cols))[number % 2])
 
 
-def test_257_rows(mixed):
-    check_rows(mixed(257, 3), 1)
+def test_257_rows(awkward):
+    check_rows(awkward(257, 2, torch.bfloat16)["few values"].to(WHERE), 1)
 
 
 @pytest.mark.parametrize("shape", EMPTY)
@@ -120,12 +120,13 @@ def check_nm(weight, n, m, x, along_out=False):
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 7), (16, 32)])
-def test_nm(mixed, n, m):
+def test_nm(mixed, dtype, n, m):
     for rows, groups in ((1, 1), (1, 33), (3, 4)):
         check_nm(mixed(rows, groups * m), n, m, None if rows > 1 else vector(groups * m))
     if m != 7:
         check_nm(mixed(1, 11008), n, m, vector(11008))
-    check_nm(mixed(257, m), n, m, None)
+    if dtype == {4: torch.float32, 7: torch.float16, 32: torch.bfloat16}[m]:  # each takes the interpreter seconds
+        check_nm(mixed(257, m), n, m, None)
 
 
 def test_nm_along_out(mixed):
@@ -148,10 +149,7 @@ def check_global(weights, k, xs=None):
 def test_global(mixed):
     check_global([mixed(1, 1)], 1)
     check_global([mixed(1, 1), mixed(1, 11008)], 5000)
-    weight = mixed(257, 1).contiguous()
-    expected = select_global_ref([weight], 100)[0]
-    mask = select_global([weight], 100, apply=True)[0]
-    assert torch.equal(mask, expected)
+    check_global([mixed(1, 257)], 100)
     check_global([mixed(3, 129), mixed(2, 31)], 200, [vector(129), None])
 
 
@@ -181,7 +179,7 @@ def check_bits(weight, mask):
     assert torch.equal(dense, weight.masked_fill(~mask, 0))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 127), (3, 129), (1, 11008), (257, 2)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 127), (3, 129), (1, 11008)])
 def test_bits(mixed, shape):
     weight = mixed(*shape)
     mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5).to(WHERE)
@@ -189,3 +187,8 @@ def test_bits(mixed, shape):
     if shape[0] == 3:
         check_bits(weight, torch.zeros_like(mask))
         check_bits(weight, torch.ones_like(mask))
+
+
+def test_bits_of_257_rows(awkward):
+    weight = awkward(257, 2, torch.bfloat16)["special values"].to(WHERE)
+    check_bits(weight, (weight > 0))
