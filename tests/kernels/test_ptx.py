@@ -66,7 +66,7 @@ def test_rows_too_wide_for_registers():
         assert torch.equal(select_rows(weight, 15_000), select_rows_ref(weight, 15_000))
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16), (3, 7)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16), (16, 32), (3, 7)])
 def test_nm_of_4096(n, m):
     cols = 4096 // m * m
     weight, x = normal(5, cols), vector(cols)
@@ -76,6 +76,26 @@ def test_nm_of_4096(n, m):
     expected = select_nm_ref(weight, n, m, x=x)
     assert torch.equal(packed, bitmask.pack_bits_ref(expected))
     assert torch.equal(zeroed, weight.masked_fill(~expected, 0))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nm_with_ties(sign):
+    weight = (normal(5, 4096) * 4).round()
+    weight[:, ::64] = -0.0
+    x = sign * (vector(4096) * 2).round()  # a negative x gives -0 and scores whose bits order backwards
+    for n, m in ((2, 4), (8, 16)):
+        with using(checked()):
+            packed = select_nm(weight, n, m, x=x, out="packed")
+        assert torch.equal(packed, bitmask.pack_bits_ref(select_nm_ref(weight, n, m, x=x))), (n, m)
+
+
+def test_nm_nan_in_one_row():
+    weight = normal(6, 4096)
+    weight[5, 4095] = float("nan")
+    for n, m in ((2, 4), (8, 16)):
+        for x in (None, vector(4096)):
+            with using(checked()), pytest.raises(ValueError, match="NaN"):
+                select_nm(weight, n, m, x=x)
 
 
 def test_nm_along_out_and_compressed():
@@ -122,10 +142,15 @@ def test_packed():
     [
         ("rows 50%, |W|*X, in place + packed", 1.5),
         ("rows 50%, |W| (ties), in place + packed", 1.5),
-        ("2:4, |W|*X, in place + packed", 1.0),
-        ("2:4, |W|*X, packed", 1.0),
-        ("2:4, |W|*X, compressed", 1.0),
-        ("4:8, |W|*X, in place + packed", 1.0),
+        ("2:4, |W|*X, in place + packed", 0.5),
+        ("2:4, |W|*X, packed", 0.6),
+        ("2:4, |W|*X, compressed", 0.7),
+        ("4:8, |W|*X, in place + packed", 0.5),
+        ("4:8, |W|*X, packed", 0.65),
+        ("8:16, |W|*X, in place + packed", 0.5),
+        ("8:16, |W|*X, packed", 0.7),
+        ("16:32, |W|*X, in place + packed", 0.6),
+        ("16:32, |W|*X, packed", 0.8),
     ],
 )
 def test_bounds_counted_from_ptx(name, limit, shape):
