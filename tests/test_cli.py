@@ -91,6 +91,24 @@ def test_inspect_shows_and_checks(pruned):
     assert "step prune" in shown
 
 
+def test_prune_takes_an_expression_and_a_file(dense, tmp_path):
+    (tmp_path / "best.json").write_text('{"data": "sqr", "left": {"data": "W"}}')
+    for method in ("sqr(W)", tmp_path / "best.json"):
+        options = ["--sparsity", "50%", "--method", method, "--out", tmp_path / "p", "--json"]
+        assert json.loads(invoke("prune", dense, *options))["method"] == "sqr(W)"
+
+
+def test_metrics_lists_the_library_and_the_vocabulary():
+    rows = json.loads(invoke("metrics", "--json"))
+    assert {row["name"]: row["expression"] for row in rows}["wanda"] == "abs(W) * X"
+    assert "pruner-zero" in invoke("metrics")
+    assert {row["operation"] for row in json.loads(invoke("metrics", "--operations", "--json"))} >= {
+        "mms(x)",
+        "div(x, y)",
+    }
+    assert "extension" in invoke("metrics", "--operations")
+
+
 def test_env_lists_what_a_bug_report_needs():
     assert json.loads(invoke("env", "--json"))["packages"]["torch"] == torch.__version__
     assert "torch" in invoke("env")
@@ -113,6 +131,7 @@ def test_bench_aot_lists_every_kernel():
         (["prune", "DENSE", "--out", "DENSE"], "exists and is not a trisparse checkpoint"),
         (["prune", "DENSE", "--out", "NEW", "--data", "missing.txt"], "no such file"),
         (["prune", "DENSE", "--out", "NEW", "--method", "wanda"], "pass data"),
+        (["prune", "DENSE", "--out", "NEW", "--method", "abs(W"], "expected ')'"),
         (["retrain", "DENSE", "--data", "TEXT", "--out", "NEW"], "not a trisparse checkpoint"),
         (["retrain", "PRUNED", "--data", "TEXT", "--out", "NEW", "--groups", "lora,heads"], "groups must be"),
         (["inspect", "DENSE"], "not a trisparse checkpoint"),
