@@ -49,6 +49,9 @@ def prune(
     include: Annotated[list[str] | None, typer.Option(help="Weights to prune (shell pattern; repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Weights to leave out (shell pattern; repeatable).")] = None,
     propagate: Annotated[str, typer.Option(help="block, dense or linear.")] = "block",
+    gradients: Annotated[
+        Path | None, typer.Option(help="File of gradient norms for a metric that reads G; else measured, then cached.")
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -72,6 +75,7 @@ def prune(
         seq_len=seq_len,
         seed=seed,
         propagate=propagate,  # type: ignore[arg-type]  # checked by sparsify
+        gradients=gradients,
     )
     content = report.to_dict()
     step = {k: content[k] for k in ("pattern", "method", "propagate", "samples", "tokens", "sparsity", "seconds")}

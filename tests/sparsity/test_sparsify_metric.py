@@ -166,3 +166,28 @@ def test_the_report_keeps_the_formula(tmp_path):
     model = linear([[1.0, 2], [3, 4]])
     report = run(model, 0.5, Metric.parse("sqr(W)", name="wanda"))  # a name that the library has otherwise
     assert json.loads(report.to_json())["method"] == "wanda: sqr(W)"
+
+
+def test_gradients_are_measured_once_and_then_read_from_the_cache(model_named, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRISPARSE_CACHE", str(tmp_path))
+    first, second, given = (model_named("llama") for _ in range(3))
+    run(first, "2:4", "pruner-zero", tokens, samples=4, seq_len=16)
+    (file,) = (tmp_path / "gradients").glob("*.safetensors")
+    monkeypatch.setattr("trisparse.sparsity.gradient_cache.gradient_norms", None)  # a second measurement would fail
+    run(second, "2:4", "pruner-zero", tokens, samples=4, seq_len=16)
+    run(given, "2:4", "pruner-zero", gradients=file)
+    assert masks_sha256(first) == masks_sha256(second) == masks_sha256(given)
+    magnitude = model_named("llama")
+    run(magnitude, "2:4", "magnitude")
+    assert masks_sha256(first) != masks_sha256(magnitude)
+
+
+def test_a_file_of_another_models_gradients_is_refused(model_named, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRISPARSE_CACHE", str(tmp_path))
+    run(model_named("llama"), "2:4", "snip", tokens, samples=2, seq_len=16)
+    (file,) = (tmp_path / "gradients").glob("*.safetensors")
+    other = model_named("gpt2")
+    before = masks_sha256(other)
+    with pytest.raises((ValueError, RuntimeError), match="transformer|model"):
+        run(other, "2:4", "snip", gradients=file)
+    assert masks_sha256(other) == before
