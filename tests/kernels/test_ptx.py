@@ -140,8 +140,10 @@ def test_packed():
 @pytest.mark.parametrize(
     ("name", "limit"),
     [
-        ("rows 50%, |W|*X, in place + packed", 1.5),
-        ("rows 50%, |W| (ties), in place + packed", 1.5),
+        ("rows 50%, |W|*X, in place + packed", 1.0),
+        ("rows 50%, |W|*X, packed", 1.5),
+        ("rows 50%, |W|*X, mask", 1.0),
+        ("rows 50%, |W| (ties), in place + packed", 1.0),
         ("2:4, |W|*X, in place + packed", 0.5),
         ("2:4, |W|*X, packed", 0.6),
         ("2:4, |W|*X, compressed", 0.7),
