@@ -167,8 +167,7 @@ def _select(
     elif by_kernel(weights[0]) and all(weight.dtype != torch.float64 for weight in weights):
         from trisparse.kernels.threshold_triton import select_global_triton  # Triton is there on Linux only
 
-        masks = select_global_triton(weights, k, xs, absolute, zero=apply)
-        apply = False
+        return select_global_triton(weights, k, xs, absolute, out=out, zero=apply)
     elif weights[0].device.type == "cpu":
         masks = _select_cpu(weights, k, xs, absolute, total)
     else:
