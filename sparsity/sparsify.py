@@ -7,7 +7,8 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +18,26 @@ from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.mask import Mask, attach, mask_of
-from trisparse.sparsity.metric import Metric, Score, find_metric
-from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
+from trisparse.sparsity.metric import METRICS, Method, Metric, Score, find_metric
+from trisparse.sparsity.pattern import Pattern, Rows, Unstructured, parse_pattern
 from trisparse.sparsity.progress import Advance, progress_bar
 from trisparse.sparsity.report import SkippedReport, SparsityReport, TargetReport
 from trisparse.sparsity.selection import check_pattern, select, select_over_all
 from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
 from trisparse.sparsity.targets import Skipped, Target, Targets, find_targets, is_peft_wrapped
 
+if TYPE_CHECKING:
+    from trisparse.sparsity.gradients import GradientStatistics
+
 
 def sparsify(
     model: nn.Module,
     sparsity: float | str | Pattern = "2:4",
-    method: str = "auto",
+    method: Method = "auto",
     data: Any = None,
     *,
     tokenizer: Any = None,
+    gradients: GradientStatistics | str | PathLike[str] | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     samples: int = 128,
@@ -50,11 +55,12 @@ def sparsify(
     Args:
         model: any module with Linear, Conv1d/2d/3d, transformers' Conv1D or fused expert weights.
         sparsity: ``0.5``, ``"50%"``, ``"50% layer"``, ``"2:4"`` or a Pattern.
-        method: ``"magnitude"``, ``"wanda"`` (Sun et al., 2023), ``"random"``, or ``"auto"``: wanda with data,
-            magnitude without.
+        method: a name in ``METRICS`` such as ``"wanda"``, an expression such as ``"abs(W) * X"``, a Metric, a
+            JSON file of one, or ``"auto"``: wanda with data, magnitude without.
         data: calibration data: token tensor [length] or [n, length], string(s), a ``datasets`` dataset, or an
             iterable of batches (dicts of the model's keyword arguments, or tensors for its first argument).
         tokenizer: needed for text.
+        gradients: G of the weights, or a file of it, for a metric that reads G; None measures it on data.
         include, exclude: shell-style patterns of weight or module names; ``include`` replaces the default choice.
         samples, seq_len: calibration sequences and their length in tokens; the length defaults to 2048 or the
             model's maximum, whichever is less. Batches are taken as they are.
@@ -70,11 +76,12 @@ def sparsify(
     """
     start = time.perf_counter()
     pattern = parse_pattern(sparsity)
-    metric = find_metric(method, has_data=data is not None)
+    metric = find_metric(method, has_data=data is not None, has_gradients=gradients is not None)
+    reads_inputs = "X" in metric.uses
     if propagate not in PROPAGATE:
         raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got {propagate!r}")
     together = isinstance(pattern, Unstructured) and pattern.scope == "global"
-    if together and metric.needs_data and propagate != "dense":
+    if together and reads_inputs and propagate != "dense":
         raise ValueError("sparsity with scope 'global' ranks all layers together: it needs propagate='dense'")
     if is_peft_wrapped(model):
         raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
@@ -82,7 +89,7 @@ def sparsify(
     check_pattern(targets.found, pattern)
     _check_finite(targets.found)
     batches: list[Batch] = []
-    if metric.needs_data:
+    if reads_inputs or ("G" in metric.uses and gradients is None):
         batches = calibration_batches(
             model,
             data,
@@ -90,10 +97,12 @@ def sparsify(
             samples=samples,
             seq_len=seq_len,
             seed=seed,
-            in_one=propagate == "linear",
+            in_one=reads_inputs and propagate == "linear",
         )
+    if reads_inputs:
         _check_batches(model, targets.found, batches, propagate)
-    pruning = _Pruning(pattern, metric, seed)
+    norms = _gradients(model, targets, batches, gradients) if "G" in metric.uses else None
+    pruning = _Pruning(pattern, metric, seed, norms)
     steps: Generator[tuple[list[Target], InputStatistics | None]] = (
         walk(
             model,
@@ -103,7 +112,7 @@ def sparsify(
             dtype=dtype,
             on_use=pruning.select_on_use if propagate == "linear" else None,
         )
-        if metric.needs_data
+        if reads_inputs
         else _blocks(targets)
     )
     label = f"{metric.name} {pattern}"
@@ -129,8 +138,8 @@ def sparsify(
         skipped.append(SkippedReport(item.name, item.shape, count, 0 if tied else count / parameters, item.reason))
     return SparsityReport(
         pattern=str(pattern),
-        method=metric.name,
-        propagate=propagate if metric.needs_data else None,
+        method=metric.name if METRICS.get(metric.name) == metric else str(metric),
+        propagate=propagate if reads_inputs else None,
         seconds=time.perf_counter() - start,
         samples=sum(batch_size(batch) for batch in batches),
         tokens=sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch),
@@ -143,10 +152,11 @@ def sparsify(
 class _Pruning:
     """Turns statistics into masks and attaches them, a block at a time."""
 
-    def __init__(self, pattern: Pattern, metric: Metric, seed: int) -> None:
+    def __init__(self, pattern: Pattern, metric: Metric, seed: int, gradients: GradientStatistics | None) -> None:
         self.pattern = pattern
         self.metric = metric
         self.seed = seed
+        self.gradients = gradients
         self.rows: list[TargetReport] = []
         self.unreached: list[Skipped] = []
         self._on_use: dict[str, tuple[Mask, float]] = {}
@@ -192,10 +202,13 @@ class _Pruning:
     def _reached(self, group: Sequence[Target], statistics: InputStatistics | None) -> Iterator[Target]:
         for target in group:
             if statistics is not None and statistics.rms(target) is None:
-                shape = tuple(target.weight.shape)
-                self.unreached.append(Skipped(target.name, shape, "no calibration input reached it"))
+                reason = "no calibration input reached it"
+            elif self.gradients is not None and self.gradients.norm(target) is None:
+                reason = "no gradient reached it"
             else:
                 yield target
+                continue
+            self.unreached.append(Skipped(target.name, tuple(target.weight.shape), reason))
 
     def _select(self, target: Target, x: Tensor | None) -> tuple[Mask, float]:
         start = time.perf_counter()
@@ -208,22 +221,55 @@ class _Pruning:
         digest = hashlib.sha256(f"{self.seed} {target.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         parts = target.matrix().chunk(target.parts)
-        scales = [None] * target.parts if x is None else list(x)
-        scores = [self.metric.score(part, scale, generator) for part, scale in zip(parts, scales, strict=True)]
+        xs = [None] * target.parts if x is None else list(x)
+        gs = self._gradient_parts(target)
+        try:
+            scores = [self.metric.score(w, x, g, generator) for w, x, g in zip(parts, xs, gs, strict=True)]
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from None
+        by_norm = isinstance(self.pattern, Rows) and not scores[0].absolute
+        if by_norm and any(bool((score.weight < 0).any()) for score in scores):
+            raise ValueError(
+                f"{target.name}: metric {self.metric} gives negative scores, and {self.pattern} ranks rows by the norm "
+                "of their scores"
+            )
         earlier = mask_of(target.module, target.param)
         if earlier is not None and not scores[0].absolute:  # weights pruned before are zero, and go first again
             kept = earlier.matrix(target.weight.device).chunk(target.parts)
+            least = 0.0 if by_norm else -torch.inf
             scores = [
-                replace(score, weight=score.weight.masked_fill(~part, -torch.inf))
+                replace(score, weight=score.weight.masked_fill(~part, least))
                 for score, part in zip(scores, kept, strict=True)
             ]
         return scores
+
+    def _gradient_parts(self, target: Target) -> Sequence[Tensor | None]:
+        norm = None if self.gradients is None else self.gradients.norm(target)
+        if norm is None:
+            return [None] * target.parts
+        shape = (target.weight.numel() // target.cols, target.cols)
+        if tuple(norm.shape) != shape:
+            raise ValueError(f"gradients of {target.name} have shape {tuple(norm.shape)}; they must be {shape}")
+        return norm.to(target.weight.device).chunk(target.parts)
 
     def _attach(self, target: Target, mask: Mask, seconds: float, note: str) -> None:
         attach(target.module, target.param, mask)
         shape = tuple(mask.shape)
         total = mask.shape.numel()
         self.rows.append(TargetReport(target.name, shape, str(self.pattern), mask.kept, total, seconds, note))
+
+
+def _gradients(
+    model: nn.Module,
+    targets: Targets,
+    batches: Sequence[Batch],
+    given: GradientStatistics | str | PathLike[str] | None,
+) -> GradientStatistics:
+    if given is not None and not isinstance(given, (str, PathLike)):
+        return given
+    from trisparse.sparsity.gradients import GradientStatistics, gradient_norms  # only metrics that read G pay
+
+    return gradient_norms(model, targets, batches) if given is None else GradientStatistics.load(given)
 
 
 def _blocks(targets: Targets) -> Generator[tuple[list[Target], None]]:

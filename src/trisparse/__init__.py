@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trisparse.sparsity.capture import BlocksNotChainedError
     from trisparse.sparsity.checkpoint import CheckpointError, load, save
     from trisparse.sparsity.mask import Mask, MaskError, check_masks, masks
+    from trisparse.sparsity.metric import Metric
     from trisparse.sparsity.pattern import NM, Pattern, Rows, Unstructured
     from trisparse.sparsity.perplexity import perplexity
     from trisparse.sparsity.report import SparsityReport
@@ -31,6 +32,7 @@ _HOME = {
     "CheckpointError": "sparsity.checkpoint",
     "Mask": "sparsity.mask",
     "MaskError": "sparsity.mask",
+    "Metric": "sparsity.metric",
     "PERPConfig": "retrain.perp",
     "Pattern": "sparsity.pattern",
     "RetrainError": "retrain.loop",
@@ -52,6 +54,7 @@ __all__ = [
     "CheckpointError",
     "Mask",
     "MaskError",
+    "Metric",
     "PERPConfig",
     "Pattern",
     "RetrainError",

@@ -1,4 +1,4 @@
-"""The command line: prune, retrain, eval, inspect, env and demo.
+"""The command line: prune, retrain, eval, inspect, metrics, env and demo.
 
 Heavy imports happen inside the commands, so that ``trisparse --help`` answers at once.
 """
@@ -40,7 +40,9 @@ def prune(
     sparsity: Annotated[
         str, typer.Option(help="50%, '50% layer', '50% global', '50% rows' or N:M such as 2:4.")
     ] = "2:4",
-    method: Annotated[str, typer.Option(help="auto, wanda, magnitude or random.")] = "auto",
+    method: Annotated[
+        str, typer.Option(help="auto, a metric's name, an expression or a JSON file; see 'trisparse metrics'.")
+    ] = "auto",
     data: Annotated[str | None, typer.Option(help="Calibration data; see 'trisparse eval --help'.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: SeqLen = None,
@@ -172,6 +174,23 @@ def env(as_json: AsJson = False) -> None:
 
     found = environment()
     _print(found, "\n".join(f"{key}: {_plain(value)}" for key, value in found.items()), as_json)
+
+
+@app.command()
+def metrics(
+    operations: Annotated[bool, typer.Option("--operations", help="List what an expression may use instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the pruning metrics, or the operations to write one with."""
+    from trisparse.sparsity.metric.listing import list_metrics, list_operations
+
+    rows, table = list_operations() if operations else list_metrics()
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    Console().print(table)
 
 
 @app.command()
