@@ -92,7 +92,7 @@ def model_hash(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
         data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(memoryview(data.numpy()))
+        digest.update(data.numpy().data)
     return digest.hexdigest()
 
 
@@ -100,5 +100,5 @@ def data_hash(tensors: Sequence[Tensor]) -> str:
     """sha256 of integer tensors with their shapes."""
     digest = hashlib.sha256(json.dumps([list(tensor.shape) for tensor in tensors]).encode())
     for tensor in tensors:
-        digest.update(memoryview(tensor.cpu().contiguous().long().numpy()).cast("B"))
+        digest.update(tensor.cpu().contiguous().long().numpy().data)
     return digest.hexdigest()

@@ -62,6 +62,7 @@ def propose(population: Population, given: list[Node], iteration: int, slot: int
     settings = population.settings
     skipped: dict[str, int] = {}
     by_depth: dict[str, list[int]] = {}
+    parents: tuple[int, ...]
     for attempt in range(_ATTEMPTS):
         rng = random.Random(f"{settings.seed} {iteration} {slot} {attempt}")
         if iteration == 0 and attempt == 0 and slot < len(given):

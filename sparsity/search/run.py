@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from trisparse.sparsity.search.log import LogError, Record, SearchLog
 from trisparse.sparsity.search.loop import Loop, find_root
 from trisparse.sparsity.search.measure import data_hash, load_statistics, measure, model_hash, save_statistics
 from trisparse.sparsity.search.population import Individual
+from trisparse.sparsity.search.result import SearchResult
 from trisparse.sparsity.search.settings import SearchSettings
 from trisparse.sparsity.search.workers import Engine, Task, working
 from trisparse.sparsity.targets import Targets, find_targets
@@ -35,38 +34,6 @@ STATISTICS_FILE = "statistics.safetensors"
 # The windows are measured in a random order, the same for every search: a race's first windows then stand for the
 # whole text, where those of a text in its own order are about one subject.
 _WINDOW_ORDER = 0
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
-
-    Attributes:
-        best: the best metrics, best first, at most ``settings.top``.
-        references: perplexity of known metrics on the same windows, by name.
-        evaluations: how many metrics were evaluated.
-        tokens: spent on them.
-        full_tokens: what they would have taken without racing.
-        counts: how evaluations ended and why trees were skipped (see ``Population``).
-        finished: False if the time limit came first; the same call goes on.
-        seconds: of the evaluations, over all sessions.
-        log: the log file.
-    """
-
-    best: list[Individual]
-    references: dict[str, float]
-    evaluations: int
-    tokens: int
-    full_tokens: int
-    counts: dict[str, int]
-    finished: bool
-    seconds: float
-    log: Path
-
-    @property
-    def saving(self) -> float:
-        """How many times fewer tokens racing spent."""
-        return self.full_tokens / self.tokens if self.tokens else math.nan
 
 
 def search(
@@ -134,7 +101,7 @@ def search(
             statistics = measure(model, targets, batches, gradients="G" in settings.inputs, progress=progress)
             save_statistics(statistics, out / STATISTICS_FILE, key)
         names = tuple(target.name for target in targets.found)
-        task = Task(names, statistics, text, settings.sparsity, dtype)
+        task = Task(names, statistics, text, settings.share, dtype)
         crew = stack.enter_context(working(workers, model, task, settings.batch))
         loop = Loop(settings, given, log, crew, text)
         loop.refer()
@@ -153,9 +120,9 @@ def search(
             raise LogError(
                 f"{log.path} has {len(loop.recorded)} records more than iterations={settings.iterations} makes"
             )
-        result = _result(loop, finished, log.path)
+        result = SearchResult.of(loop.population, finished=finished, log=log.path)
         if finished:
-            log.append(_summary(result))
+            log.append({"kind": "summary", **result.to_dict()})
     return result
 
 
@@ -165,21 +132,6 @@ def rounds(settings: SearchSettings) -> Iterator[list[tuple[int, int]]]:
         yield [(0, slot) for slot in range(start, min(start + settings.batch, settings.population))]
     for iteration in range(1, settings.iterations + 1):
         yield [(iteration, slot) for slot in range(settings.batch)]
-
-
-def _result(loop: Loop, finished: bool, log: Path) -> SearchResult:
-    population = loop.population
-    return SearchResult(
-        best=population.parents,
-        references={record["name"]: record["perplexity"] for record in population.references.values()},
-        evaluations=population.evaluations,
-        tokens=population.tokens,
-        full_tokens=population.full_tokens,
-        counts=dict(sorted(population.counts.items())),
-        finished=finished,
-        seconds=round(population.seconds, 3),
-        log=log,
-    )
 
 
 def _save_best(best: Individual, path: Path, header: Record) -> None:
@@ -216,18 +168,4 @@ def _header(
             "windows": list(text.shape),
         },
         "versions": versions,
-    }
-
-
-def _summary(result: SearchResult) -> Record:
-    return {
-        "kind": "summary",
-        "evaluations": result.evaluations,
-        "best": [{"expression": found.expression, "perplexity": found.perplexity} for found in result.best],
-        "references": result.references,
-        "tokens": result.tokens,
-        "full_tokens": result.full_tokens,
-        "saving": round(result.saving, 2) if result.tokens else None,
-        "counts": result.counts,
-        "seconds": result.seconds,
     }

@@ -24,7 +24,7 @@ class SearchSettings:
         iterations: rounds of offspring after that.
         batch: offspring an iteration makes from the pool at its start.
         strategy: "evolution", or "random": every metric is drawn as the first ones are.
-        sparsity: share of each row that is pruned for the fitness.
+        sparsity: share of each row that is pruned for the fitness, such as 0.5 or "50%"; kept as a number.
         top: parents are drawn from so many best metrics.
         least_depth, most_depth: levels of the first trees; a leaf has one. ``most_depth`` also bounds offspring.
         mutation_probability: of the mutation after a crossover.
@@ -45,7 +45,7 @@ class SearchSettings:
     iterations: int = 300
     batch: int = 1
     strategy: Strategy = "evolution"
-    sparsity: float = 0.5
+    sparsity: float | str = 0.5
     top: int = 10
     least_depth: int = 3
     most_depth: int = 5
@@ -73,9 +73,15 @@ class SearchSettings:
         self._share("numbers")
         pattern = parse_pattern(self.sparsity)
         if not isinstance(pattern, Unstructured) or pattern.scope != "row":
-            raise ValueError(f"sparsity must be a share of each row, such as 0.5, got {self.sparsity!r}")
+            raise ValueError(f"sparsity must be a share of each row, such as '50%', got {self.sparsity!r}")
+        object.__setattr__(self, "sparsity", pattern.sparsity)
         if "W" not in self.inputs or set(self.inputs) - set(INPUTS) or len(set(self.inputs)) != len(self.inputs):
             raise ValueError(f"inputs must be W with or without G and X, such as 'WX', got {self.inputs!r}")
+
+    @property
+    def share(self) -> float:
+        """The pruned share of each row."""
+        return float(self.sparsity)
 
     @property
     def unary(self) -> tuple[str, ...]:

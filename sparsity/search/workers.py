@@ -98,6 +98,21 @@ def working(engine: Engine, model: nn.Module, task: Task, count: int) -> Abstrac
     return _local(model, task) if engine == "local" else _ray(model, task, count)
 
 
+def default_batch(engine: str) -> int:
+    """One for "local"; for "ray" one for each GPU of the cluster, or each machine if it has no GPU.
+
+    A worker takes all processors of its machine: torch computes with them, and each worker holds a model.
+    """
+    if engine != "ray":
+        return 1
+    ray, started = _joined()
+    try:
+        return max(1, int(ray.cluster_resources().get("GPU", 0)) or len(ray.nodes()))
+    finally:
+        if started:
+            ray.shutdown()
+
+
 @contextmanager
 def _local(model: nn.Module, task: Task) -> Iterator[Workers]:
     with task.evaluator(model) as evaluator:
@@ -106,13 +121,8 @@ def _local(model: nn.Module, task: Task) -> Iterator[Workers]:
 
 @contextmanager
 def _ray(model: nn.Module, task: Task, count: int) -> Iterator[Workers]:
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("workers='ray' needs Ray: run `pip install 'trisparse[search]'`") from error
-    started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=False)
+    ray, started = _joined()
+    actors: list[Any] = []
     try:
         resources = ray.cluster_resources()
         gpus = 1 if resources.get("GPU", 0) >= count else 0
@@ -120,8 +130,20 @@ def _ray(model: nn.Module, task: Task, count: int) -> Iterator[Workers]:
         held = [ray.put(model), ray.put(task)]  # once, not once for each actor
         actors = [actor.remote(*held) for _ in range(count)]
         yield _Ray(actors)
+    finally:
         for member in actors:
             ray.kill(member)
-    finally:
         if started:
             ray.shutdown()
+
+
+def _joined() -> tuple[Any, bool]:
+    """Ray, initialised, and whether that was done here."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("workers='ray' needs Ray: run `pip install 'trisparse[search]'`") from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False)
+    return ray, started
