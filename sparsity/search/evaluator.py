@@ -27,7 +27,7 @@ from trisparse.sparsity.metric.expression import Node
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.pattern import kept_of
 from trisparse.sparsity.search.measure import Statistics
-from trisparse.sparsity.search.race import Reference, verdict
+from trisparse.sparsity.search.race import Reference, raced
 from trisparse.sparsity.targets import Target
 
 SEGMENT = 64  # tokens; a window of 512 gives the paired comparison of race.py its 8 differences
@@ -147,17 +147,10 @@ class Evaluator(AbstractContextManager["Evaluator"]):
         pruning = time.perf_counter() - start
         if dropped is not None:
             return Outcome(dropped=dropped, seconds=pruning, pruning_seconds=pruning)
-        segments: list[float] = []
-        stopped: str | None = None
-        tokens = 0
-        for window in self.windows:
-            segments += self._losses(window)
-            tokens += len(window)
-            if not math.isfinite(math.fsum(segments)):
-                dropped, segments = "the pruned model gives NaN", []
-                break
-            if reference is not None and (stopped := verdict(segments, reference)) is not None:
-                break
+        segments, count, stopped = raced(map(self._losses, self.windows), reference)
+        tokens = count * self.windows.shape[1]
+        if not math.isfinite(math.fsum(segments)):
+            dropped, segments = "the pruned model gives NaN", []
         return Outcome(tuple(segments), stopped, dropped, tokens, time.perf_counter() - start, pruning)
 
     def _prune(self, root: Node) -> str | None:

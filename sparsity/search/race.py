@@ -19,7 +19,7 @@ Pairing is what makes it sharp: segments differ far more in difficulty than two 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +59,28 @@ def verdict(segments: Sequence[float], reference: Reference) -> Literal["total",
     difference = np.subtract(segments, reference.segments[:done])
     error = float(difference.std(ddof=1)) / math.sqrt(done)
     return "paired" if float(difference.mean()) > student_quantile(done - 1) * error else None
+
+
+def raced(windows: Iterable[Sequence[float]], reference: Reference | None) -> tuple[list[float], int, str | None]:
+    """Take in the segments of one window after the other until the candidate is out or broken.
+
+    Args:
+        windows: measures a window each time the next one is taken.
+        reference: what the candidate must beat, or None: all windows are measured.
+
+    Returns:
+        The segments, how many windows they are, and the verdict. A likelihood that is not finite ends the race, too.
+    """
+    segments: list[float] = []
+    count = 0
+    for window in windows:
+        segments += window
+        count += 1
+        if not math.isfinite(math.fsum(window)):
+            return segments, count, None
+        if reference is not None and (stopped := verdict(segments, reference)) is not None:
+            return segments, count, stopped
+    return segments, count, None
 
 
 def extrapolated(segments: Sequence[float], reference: Reference) -> float:
