@@ -118,7 +118,7 @@ def search(
                 _save_best(loop.population.pool[0], out / BEST_FILE, header)
         if loop.recorded:
             raise LogError(
-                f"{log.path} has {len(loop.recorded)} records more than iterations={settings.iterations} makes"
+                f"{log.path} has {len(loop.recorded)} evaluations more than iterations={settings.iterations} makes"
             )
         result = SearchResult.of(loop.population, finished=finished, log=log.path)
         if finished:
