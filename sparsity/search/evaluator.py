@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -107,19 +108,23 @@ class Evaluator(AbstractContextManager["Evaluator"]):
                 dense = target.weight.data
                 self._layers.append(_Layer(target, dense, g, statistics.x[target.name].to(device)))
         self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        self._buffers: dict[str, Tensor] = {}  # what the model computes with, by the targets' names
+        self._pool: ThreadPoolExecutor | None = None
         self._mode = evaluating(model)
 
     def __enter__(self) -> Evaluator:
         self._mode.__enter__()
         self._originals = [(parameter, parameter.data) for parameter in self.model.parameters()]
-        pruned = {id(layer.target.weight) for layer in self._layers}
+        pruned = {id(layer.target.weight): layer.target.name for layer in self._layers}
         try:
             for parameter, dense in self._originals:
-                if not dense.is_floating_point():
-                    continue
-                # A target's buffer is written before each use; the others are cast, or stay, if that is their dtype.
-                buffer = id(parameter) in pruned
-                parameter.data = torch.empty_like(dense, dtype=self.dtype) if buffer else dense.to(self.dtype)
+                if id(parameter) in pruned:  # its buffer is written before each use
+                    parameter.data = torch.empty_like(dense, dtype=self.dtype)
+                    self._buffers[pruned[id(parameter)]] = parameter.data
+                elif dense.is_floating_point():
+                    parameter.data = dense.to(self.dtype)
+            if self.windows.device.type == "cpu":
+                self._pool = ThreadPoolExecutor(torch.get_num_threads())
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -129,9 +134,13 @@ class Evaluator(AbstractContextManager["Evaluator"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with interrupt_after():
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = None
             for parameter, dense in self._originals:
                 parameter.data = dense
             self._originals = []
+            self._buffers.clear()
             self._mode.__exit__(None, None, None)
 
     @torch.no_grad()
@@ -154,20 +163,41 @@ class Evaluator(AbstractContextManager["Evaluator"]):
         return Outcome(tuple(segments), stopped, dropped, tokens, time.perf_counter() - start, pruning)
 
     def _prune(self, root: Node) -> str | None:
-        """Write the weights pruned by ``root`` into the parameters; the reason if a score is not finite."""
-        for layer in self._layers:
-            target = layer.target
-            dense = to_matrix(layer.dense, target.cols, transposed=target.transposed).contiguous()
-            k = kept_of(target.cols, self.sparsity)
-            keep = []
-            for weight, g, x in zip(dense.chunk(target.parts), layer.g, layer.x, strict=True):
-                score = root.evaluate(weight, g, x)
-                # One sum tells; only where it is not finite (it may overflow by itself) is every score looked at.
-                if not math.isfinite(float(score.sum())) and not bool(torch.isfinite(score).all()):
-                    return f"a score of {target.name} is not finite"
-                keep.append(select_rows(score.contiguous(), k, absolute=False))
-            masked = dense * (keep[0] if len(keep) == 1 else torch.cat(keep))
-            target.weight.data.copy_(from_matrix(masked, layer.dense.shape, transposed=target.transposed))
+        """Write the weights pruned by ``root`` into the parameters; the reason if a score is not finite.
+
+        On a CPU the layers are spread over threads and each operation takes one: a layer's tensors stay in the cache of
+        one core, selection (which has no threads of its own below a million weights) runs on all cores, and sums do
+        not depend on how many there are.
+        """
+        if self._pool is None:
+            return next(filter(None, (self._prune_layer(layer, root) for layer in self._layers)), None)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            futures = [self._pool.submit(self._prune_layer, layer, root) for layer in self._layers]
+            try:
+                return next(filter(None, (future.result() for future in futures)), None)
+            finally:  # after a reason or an error none may write on into the buffers
+                for future in futures:
+                    future.cancel()
+                wait(futures)
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.no_grad()  # threads do not inherit it
+    def _prune_layer(self, layer: _Layer, root: Node) -> str | None:
+        target = layer.target
+        dense = to_matrix(layer.dense, target.cols, transposed=target.transposed).contiguous()
+        k = kept_of(target.cols, self.sparsity)
+        keep = []
+        for weight, g, x in zip(dense.chunk(target.parts), layer.g, layer.x, strict=True):
+            score = root.evaluate(weight, g, x)
+            # One sum tells; only where it is not finite (it may overflow by itself) is every score looked at.
+            if not math.isfinite(float(score.sum())) and not bool(torch.isfinite(score).all()):
+                return f"a score of {target.name} is not finite"
+            keep.append(select_rows(score.contiguous(), k, absolute=False))
+        masked = dense * (keep[0] if len(keep) == 1 else torch.cat(keep))
+        self._buffers[target.name].copy_(from_matrix(masked, layer.dense.shape, transposed=target.transposed))
         return None
 
     def _losses(self, window: Tensor) -> list[float]:

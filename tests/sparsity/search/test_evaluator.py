@@ -151,6 +151,22 @@ def test_a_race_stops_the_evaluation(model):
     assert full.segments[:2] != outcome.segments
 
 
+def test_threads_are_as_before_and_make_no_difference(model):
+    threads = torch.get_num_threads()
+    expression = parse("sqr(W) * X + mms(G) * norm2(X)")
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with evaluator_of(model) as evaluator:
+                found.append(evaluator.evaluate(expression).segments)
+                evaluator.evaluate(parse("exp(W * 1000000)"))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+
 def test_unreached_weights_stay_dense(model):
     targets = find_targets(model)
     reached = {targets.found[0].name: torch.ones(1, 32)}
