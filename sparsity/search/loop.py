@@ -154,5 +154,5 @@ def _described(proposal: Proposal) -> Record:
     return record | {"skipped": proposal.skipped, "simplified_by_depth": proposal.simplified_by_depth}
 
 
-def _shortened(text: str, width: int = 60) -> str:
+def _shortened(text: str, width: int = 40) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
