@@ -43,8 +43,8 @@ class Population:
         references: outcomes of known metrics by fingerprint, with their names.
         evaluations, tokens, full_tokens: counted over all evaluations; ``full_tokens`` is what they would have taken
             without racing.
-        counts: how evaluations ended ("full", "total", "paired", "dropped", "exhausted") and why trees were skipped
-            ("skipped form", ...).
+        counts: how evaluations ended ("full", "total", "paired", "dropped", "exhausted"), how many of the full ones
+            were "twin" of another, and why trees were skipped ("skipped form", ...).
     """
 
     settings: SearchSettings
@@ -71,7 +71,11 @@ class Population:
         return Reference(self.pool[self.settings.top - 1].segments)
 
     def apply(self, records: Iterable[Record]) -> None:
-        """Take in the records of one round, as they come from the log or are about to be in it."""
+        """Take in the records of one round, as they come from the log or are about to be in it.
+
+        A metric with the very likelihoods of one in the pool chose the same masks on this model, if not on the
+        fingerprint's sample (tanh(G) and G, where G is small). It is not taken in: its kind would fill the pool.
+        """
         for record in records:
             self.seconds += record["seconds"]
             if record["kind"] == "reference":
@@ -85,7 +89,9 @@ class Population:
             self.tokens += record["tokens"]
             self.full_tokens += record["full_tokens"]
             self.counts["dropped" if record["dropped"] else record["stopped"] or "full"] += 1
-            if record["perplexity"] is not None:
+            if record["perplexity"] is not None and tuple(record["segments"]) in {one.segments for one in self.pool}:
+                self.counts["twin"] += 1
+            elif record["perplexity"] is not None:
                 self.pool.append(
                     Individual(
                         number=self.evaluations,
