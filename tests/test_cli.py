@@ -163,3 +163,22 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 def test_help_answers_without_loading_torch():
     code = "import sys, trisparse.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_search_writes_a_metric_that_prune_takes_and_goes_on_where_it_was(dense, text, tmp_path):
+    small = ["--population", 3, "--calibration-samples", 2, "--seq-len", 16, "--eval-windows", 2, "--out", tmp_path]
+    command = ["search", dense, "--data", text, *small, "--start-from", "wanda, abs(W) * sqrt(X)", "--seed", 3]
+    printed = invoke(*command, "--iterations", 1)
+    assert "(pruner-zero)" in printed
+    assert "4 metrics in" in printed
+    found = json.loads(invoke(*command, "--iterations", 2, "--json"))
+    assert found["evaluations"] == 5
+    assert found["finished"]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["simplified"] for record in log[4:6]] == ["abs(W) * X", "abs(W) * sqrt(X)"]
+    assert (log[0]["settings"]["seed"], log[0]["settings"]["sparsity"]) == (3, 0.5)
+    assert (log[0]["model"]["name"], log[0]["data"]["windows"]) == (str(dense), [2, 16])
+    out = tmp_path / "pruned"
+    invoke("prune", dense, "--out", out, "--method", tmp_path / "best.json", "--sparsity", "50%", "--data", text,
+           "--samples", 2, "--seq-len", 16)  # fmt: skip
+    assert load(out) is not None

@@ -1,4 +1,4 @@
-"""Runs test_triton.py and test_metric_triton.py under Triton's interpreter, chosen before Triton is imported."""
+"""Runs the kernel tests under Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("name", ["test_triton.py", "test_metric_triton.py"])
+@pytest.mark.parametrize("name", ["test_triton.py", "test_triton_shapes.py", "test_metric_triton.py"])
 def test_kernels_interpreted(name):
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / name)]

@@ -104,11 +104,16 @@ def test_fused_experts_get_their_own_gradients(model_named):
         assert (score.masked_fill(~kept, torch.inf).amin(1) >= score.masked_fill(kept, 0).amax(1)).all()
 
 
-@pytest.mark.parametrize("sparsity", ["50%", "2:4", "50% layer", "50% global", "50% rows"])
-@pytest.mark.parametrize("method", ["-sqr(W)", "W", "random", "exp(-abs(W))", "-abs(W) * G"])
+_SCORES = ["random", "exp(-abs(W))"]
+_NEGATIVE_SCORES = ["-sqr(W)", "W", "-abs(W) * G"]  # refused for rows, which are ranked by a norm
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "method"),
+    [(s, m) for s in ("50%", "2:4", "50% layer", "50% global") for m in (*_SCORES, *_NEGATIVE_SCORES)]
+    + [("50% rows", m) for m in _SCORES],
+)
 def test_pruned_weights_go_first_again_whatever_a_zero_scores(model_named, sparsity, method):
-    if "rows" in sparsity and method.startswith(("-", "W")):
-        pytest.skip("rows are ranked by a norm, which negative scores have not")
     model = model_named("llama")
     run(model, "25% rows" if "rows" in sparsity else "25%" if ":" not in sparsity else "3:4")
     before = {name: mask.matrix() for name, mask in masks(model).items()}
@@ -166,3 +171,28 @@ def test_the_report_keeps_the_formula(tmp_path):
     model = linear([[1.0, 2], [3, 4]])
     report = run(model, 0.5, Metric.parse("sqr(W)", name="wanda"))  # a name that the library has otherwise
     assert json.loads(report.to_json())["method"] == "wanda: sqr(W)"
+
+
+def test_gradients_are_measured_once_and_then_read_from_the_cache(model_named, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRISPARSE_CACHE", str(tmp_path))
+    first, second, given = (model_named("llama") for _ in range(3))
+    run(first, "2:4", "pruner-zero", tokens, samples=4, seq_len=16)
+    (file,) = (tmp_path / "gradients").glob("*.safetensors")
+    monkeypatch.setattr("trisparse.sparsity.gradient_cache.gradient_norms", None)  # a second measurement would fail
+    run(second, "2:4", "pruner-zero", tokens, samples=4, seq_len=16)
+    run(given, "2:4", "pruner-zero", gradients=file)
+    assert masks_sha256(first) == masks_sha256(second) == masks_sha256(given)
+    magnitude = model_named("llama")
+    run(magnitude, "2:4", "magnitude")
+    assert masks_sha256(first) != masks_sha256(magnitude)
+
+
+def test_a_file_of_another_models_gradients_is_refused(model_named, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRISPARSE_CACHE", str(tmp_path))
+    run(model_named("llama"), "2:4", "snip", tokens, samples=2, seq_len=16)
+    (file,) = (tmp_path / "gradients").glob("*.safetensors")
+    other = model_named("gpt2")
+    before = masks_sha256(other)
+    with pytest.raises((ValueError, RuntimeError), match="transformer|model"):
+        run(other, "2:4", "snip", gradients=file)
+    assert masks_sha256(other) == before
