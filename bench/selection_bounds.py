@@ -66,6 +66,12 @@ def cases() -> dict[str, Case]:
             lambda w, _: select_rows(w, w.shape[1] // 2, out="packed", apply=True), 2.125, False
         ),
         "layer 50%, |W|, mask": Case(lambda w, _: select_global([w], w.numel() // 2)[0], 1.0, False, 96),
+        "layer 50%, |W|, in place + packed": Case(
+            lambda w, _: select_global([w], w.numel() // 2, out="packed", apply=True), 2.125, False, 96
+        ),
+        "layer 50%, |W|*X, in place + packed": Case(
+            lambda w, x: select_global([w], w.numel() // 2, xs=[x], out="packed", apply=True), 2.125, True, 96
+        ),
         "2:4, |W|*X, compressed": Case(lambda w, x: select_nm(w, 2, 4, x=x, out="compressed"), 1.125),
     }
     for n, m in ((2, 4), (4, 8), (8, 16), (16, 32)):

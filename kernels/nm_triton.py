@@ -1,10 +1,16 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
-# ruff: noqa: E741, RUF005, SIM108 (the forms that Triton compiles)
+# ruff: noqa: RUF005, SIM108 (the forms that Triton compiles)
 """Triton kernels of N:M selection; the operation, its reference and its formats are in kernels/nm.py.
 
 A group of m is held as m planes: plane j is a tensor of the j-th elements of many groups, so that a thread
 has whole groups in its registers and compares plane with plane. Along `in` with m a power of two, planes
-come from one vectorised load by splitting; for another m from m strided loads; along `out` they are m rows.
+come from vectorised loads by splitting, a unit of max(m, 8) columns a thread, so that a unit has whole bytes
+of the packed mask; for another m from m strided loads; along `out` they are m rows. There, a unit is a group.
+
+Scores are compared by their bits, which order as the scores do while none is negative: the N-th greatest of a
+group comes from two sorted halves, and the sign of a difference is a bit of the group's word. When a warp has
+a negative score, a NaN or a tie at the N-th, it takes `_keep_exactly`, which knows all these. With random
+weights times X that is rare; without X, ties are common, and `_keep_exactly` comes first.
 """
 
 from __future__ import annotations
@@ -18,9 +24,10 @@ from torch import Tensor
 
 from trisparse.kernels.bitmask_triton import merge_bits
 from trisparse.kernels.launch import launch
-from trisparse.kernels.score_triton import max_or_nan, widen
+from trisparse.kernels.score_triton import widen
 
 SPLIT, STRIDED, ALONG_OUT = 0, 1, 2
+ROWS = 4  # of a program: they share the loads of x
 
 
 @triton.jit
@@ -50,89 +57,111 @@ def _join_planes(p, G: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _planes(w_ptr, start, size, GROUPS: tl.constexpr, M: tl.constexpr, MODE: tl.constexpr, stride):
-    """M planes [GROUPS]; `start` is the first group's first element, `size` how many elements there are."""
+def _planes(w_ptr, start, size, UNITS: tl.constexpr, U: tl.constexpr, MODE: tl.constexpr, stride):
+    """U planes [UNITS]; `start` is the first unit's first element, `size` how many elements there are."""
+    h = tl.arange(0, UNITS)
+    out = ()
     if MODE == 0:
-        i = tl.arange(0, GROUPS * M)
-        v = tl.load(w_ptr + start + i, mask=i < size, other=0.0)
-        return _split_planes(tl.reshape(v, [GROUPS, M]), GROUPS, M)
-    g = tl.arange(0, GROUPS)
-    if MODE == 1:
-        out = (tl.load(w_ptr + start + g * M, mask=g * M < size, other=0.0),)
-        for j in tl.static_range(1, M):
-            out = out + (tl.load(w_ptr + start + g * M + j, mask=g * M < size, other=0.0),)
+        C: tl.constexpr = min(U, 128 // w_ptr.dtype.element_ty.primitive_bitwidth)  # 16 bytes of a thread
+        for c in tl.static_range(0, U, C):
+            i = h[:, None] * U + c + tl.arange(0, C)[None, :]
+            out = out + _split_planes(tl.load(w_ptr + start + i, mask=i < size, other=0.0), UNITS, C)
+    elif MODE == 1:
+        for j in tl.static_range(U):
+            out = out + (tl.load(w_ptr + start + h * U + j, mask=h * U < size, other=0.0),)
     else:
-        out = (tl.load(w_ptr + start + g, mask=g < size, other=0.0),)
-        for j in tl.static_range(1, M):
-            out = out + (tl.load(w_ptr + start + j * stride + g, mask=g < size, other=0.0),)
+        for j in tl.static_range(U):
+            out = out + (tl.load(w_ptr + start + j * stride + h, mask=h < size, other=0.0),)
     return out
 
 
 @triton.jit
-def _store_planes(p_ptr, p, start, size, GROUPS: tl.constexpr, M: tl.constexpr, MODE: tl.constexpr, stride):
-    """Write M planes where `_planes` would read them."""
+def _store_planes(p_ptr, p, start, size, UNITS: tl.constexpr, U: tl.constexpr, MODE: tl.constexpr, stride):
+    """Write U planes where `_planes` would read them."""
+    kind: tl.constexpr = p_ptr.dtype.element_ty
+    h = tl.arange(0, UNITS)
     if MODE == 0:
-        i = tl.arange(0, GROUPS * M)
-        v = tl.reshape(_join_planes(p, GROUPS, M), [GROUPS * M])
-        tl.store(p_ptr + start + i, v.to(p_ptr.dtype.element_ty), mask=i < size)
+        C: tl.constexpr = min(U, 128 // kind.primitive_bitwidth)
+        for c in tl.static_range(0, U, C):
+            i = h[:, None] * U + c + tl.arange(0, C)[None, :]
+            tl.store(p_ptr + start + i, _join_planes(p[c : c + C], UNITS, C).to(kind), mask=i < size)
     else:
-        g = tl.arange(0, GROUPS)
-        for j in tl.static_range(M):
-            v = p[j].to(p_ptr.dtype.element_ty)
+        for j in tl.static_range(U):
             if MODE == 1:
-                tl.store(p_ptr + start + g * M + j, v, mask=g * M < size)
+                tl.store(p_ptr + start + h * U + j, p[j].to(kind), mask=h * U < size)
             else:
-                tl.store(p_ptr + start + j * stride + g, v, mask=g < size)
+                tl.store(p_ptr + start + j * stride + h, p[j].to(kind), mask=h < size)
 
 
 @triton.jit
-def _keep_by_rank(s, N: tl.constexpr, M: tl.constexpr):
-    """Which of the M planes are kept: those that fewer than N of their group come before."""
-    before = (tl.full(s[0].shape, M - 1, tl.int32),)
-    for i in tl.static_range(1, M):
-        before = before + (tl.full(s[0].shape, M - 1 - i, tl.int32),)
+def _nth_greatest(p, N: tl.constexpr, M: tl.constexpr, NETWORK: tl.constexpr):
+    """(The N-th greatest, the greatest) of M planes; NETWORK sorts either half of them."""
+    for e in tl.static_range(0, len(NETWORK), 2):
+        low = tl.minimum(p[NETWORK[e]], p[NETWORK[e + 1]])
+        high = tl.maximum(p[NETWORK[e]], p[NETWORK[e + 1]])
+        p = p[: NETWORK[e]] + (low,) + p[NETWORK[e] + 1 : NETWORK[e + 1]] + (high,) + p[NETWORK[e + 1] + 1 :]
+    # The N greatest are the i greatest of the first half and the N - i greatest of the second, for one i: the
+    # one whose lesser end is the greatest. The compiler removes the comparators that nothing here reads.
+    A: tl.constexpr = M // 2
+    FIRST: tl.constexpr = N - (M - A) if N > M - A else 0
+    if FIRST == 0:
+        nth = p[M - N]
+    else:
+        nth = tl.minimum(p[A - FIRST], p[A])
+    for i in tl.static_range(FIRST + 1, (N if N < A else A) + 1):
+        if i == N:
+            nth = tl.maximum(nth, p[A - N])
+        else:
+            nth = tl.maximum(nth, tl.minimum(p[A - i], p[M - (N - i)]))
+    return nth, tl.maximum(p[A - 1], p[M - 1])
+
+
+@triton.jit
+def _at_least(key, least, FIRST: tl.constexpr, M: tl.constexpr, SIGNED: tl.constexpr):
+    """uint32 words whose bit j says whether plane FIRST + j of M is `least` or more."""
+    word = tl.zeros(least.shape, tl.uint32)
     for i in tl.static_range(M):
-        for j in tl.static_range(i + 1, M):
-            first = (s[i] >= s[j]).to(tl.int32)  # i comes before j; of equals, too
-            before = before[:i] + (before[i] - first,) + before[i + 1 : j] + (before[j] + first,) + before[j + 1 :]
-    keep = (before[0] < N,)
-    for i in tl.static_range(1, M):
-        keep = keep + (before[i] < N,)
-    return keep
+        if SIGNED:
+            bit = (key[FIRST + M - 1 - i] >= least).to(tl.uint32)
+        else:
+            # Keys below 2^31 differ by less than 2^31, so that the sign says which is greater; a shift of
+            # word and sign as one is a single instruction, and a comparison's bit would take three.
+            bit = (least - 1 - key[FIRST + M - 1 - i]) >> 31
+        word = (word << 1) | bit
+    return word
 
 
 @triton.jit
-def _exchange(p, I: tl.constexpr, J: tl.constexpr):
-    """The planes with the lesser of I and J in I and the greater in J."""
-    low, high = tl.minimum(p[I], p[J]), tl.maximum(p[I], p[J])
-    return p[:I] + (low,) + p[I + 1 : J] + (high,) + p[J + 1 :]
+def _count_bits(v):
+    """The bits set in uint32 words, in the form that LLVM turns into one instruction."""
+    v = v - ((v >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    return (((v + (v >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
 
 
 @triton.jit
-def _keep_by_sort(s, N: tl.constexpr, M: tl.constexpr, NETWORK: tl.constexpr):
-    """The same by a sorting network, whose comparators grow with M log^2 M and not with M^2."""
-    p = s
-    for e in tl.static_range(len(NETWORK) // 2):
-        p = _exchange(p, NETWORK[2 * e], NETWORK[2 * e + 1])
-    threshold = p[M - N]
-    ties = tl.full(threshold.shape, N, tl.int32)  # how many equals are kept: N less those above
-    for i in tl.static_range(M):
-        ties -= (s[i] > threshold).to(tl.int32)
-    tied = s[0] == threshold
-    keep = ((s[0] > threshold) | (tied & (ties > 0)),)
-    for i in tl.static_range(1, M):
-        ties -= tied.to(tl.int32)
-        tied = s[i] == threshold
-        keep = keep + ((s[i] > threshold) | (tied & (ties > 0)),)
-    return keep
-
-
-@triton.jit
-def _words(keep, M: tl.constexpr):
-    """[G] int32 whose bit j says whether the group's j-th element is kept."""
-    word = keep[0].to(tl.int32)
-    for j in tl.static_range(1, M):
-        word |= keep[j].to(tl.int32) << j
+def _keep_exactly(bits, N: tl.constexpr, M: tl.constexpr, NETWORK: tl.constexpr, SIGNED: tl.constexpr, nan_ptr):
+    """uint32 words of the N planes kept of M, from the bits of any scores; ties go to the lower plane."""
+    key = ()
+    most = bits[0] & 0x7FFFFFFF
+    for j in tl.static_range(M):
+        magnitude = bits[j] & 0x7FFFFFFF
+        most = tl.maximum(most, magnitude)
+        if SIGNED:
+            key = key + (tl.where(bits[j] == magnitude, 0x80000000 + magnitude, 0x80000000 - magnitude),)
+        else:
+            key = key + (magnitude,)
+    if tl.max((most > 0x7F800000).to(tl.int32), 0) != 0:  # beyond Inf
+        tl.store(nan_ptr, 1)
+    nth, _ = _nth_greatest(key, N, M, NETWORK)
+    word = _at_least(key, nth + 1, 0, M, SIGNED)
+    ties = _at_least(key, nth, 0, M, SIGNED) ^ word  # whose bits are all among them
+    need = N - _count_bits(word).to(tl.int32)
+    for _ in range(N):
+        lowest = tl.where(need > 0, ties & (0 - ties), 0)
+        word |= lowest
+        ties ^= lowest
+        need -= 1
     return word
 
 
@@ -143,14 +172,15 @@ def select_nm_kernel(
     mask_ptr,  # [rows, cols] bytes 0 and 1 if MASK
     packed_ptr,  # [rows, ceil(cols / 8)] bits if PACKED
     values_ptr,  # [rows, cols / 2] if COMPRESS (2:4)
-    meta_ptr,  # [rows, cols / 16] int16 if COMPRESS
+    meta_ptr,  # [rows, cols / 8] bytes if COMPRESS
     nan_ptr,  # [1] int32, set when a score is a NaN
-    rows,
+    rows,  # ALONG_OUT: of groups
     cols,
     stride_w,
     N: tl.constexpr,
     M: tl.constexpr,
-    GROUPS: tl.constexpr,
+    U: tl.constexpr,
+    UNITS: tl.constexpr,
     ROWS: tl.constexpr,
     MODE: tl.constexpr,
     NETWORK: tl.constexpr,
@@ -161,81 +191,88 @@ def select_nm_kernel(
     PACKED: tl.constexpr,
     COMPRESS: tl.constexpr,
 ):
-    """ROWS rows (ALONG_OUT: row groups) of GROUPS groups; the program's x serves all of them."""
-    WIDTH: tl.constexpr = GROUPS if MODE == 2 else GROUPS * M
-    BITS: tl.constexpr = M if M > 8 else 8  # of a packed word
-    kind: tl.constexpr = tl.uint8 if BITS == 8 else (tl.uint16 if BITS == 16 else tl.uint32)
-    blocks = tl.cdiv(cols, WIDTH)
+    """ROWS rows (ALONG_OUT: row groups) of UNITS units; the program's x serves all of them."""
+    STEP: tl.constexpr = 1 if MODE == 2 else U  # columns of a unit
+    blocks = tl.cdiv(cols, UNITS * STEP)
     pid = tl.program_id(0)
-    col = (pid % blocks) * WIDTH
+    col = (pid % blocks) * (UNITS * STEP)
     size = cols - col
+    h = tl.arange(0, UNITS)
     if HAS_X:
         if MODE == 2:
-            g = tl.arange(0, GROUPS)
-            x = (tl.load(x_ptr + col + g, mask=g < size, other=0.0),)
+            x = (tl.load(x_ptr + col + h, mask=h < size, other=0.0),)
         else:
-            x = _planes(x_ptr, col, size, GROUPS, M, MODE, 0)
-    bad = tl.zeros([GROUPS], tl.int32)
+            x = _planes(x_ptr, col, size, UNITS, U, MODE, 0)
     first = (pid // blocks) * ROWS
-    for r in tl.static_range(ROWS):
-        row = (first + r).to(tl.int64)
+    for r in range(0, tl.minimum(ROWS, rows - first)):
+        row = first.to(tl.int64) + r
         if MODE == 2:
             row = row * M
-        left = tl.where(row < rows, size, 0)
-        w = _planes(w_ptr, row * stride_w + col, left, GROUPS, M, MODE, stride_w)
-        s = ()
-        for j in tl.static_range(M):
+        w = _planes(w_ptr, row * stride_w + col, size, UNITS, U, MODE, stride_w)
+        bits = ()
+        for j in tl.static_range(U):
             v = widen(w[j])
             if ABSOLUTE:
                 v = tl.abs(v)
             if HAS_X:
                 v = v * x[0 if MODE == 2 else j]
-            s = s + (v,)
-        most = s[0]
-        for j in tl.static_range(1, M):
-            most = max_or_nan(most, s[j])
-        bad |= (most != most).to(tl.int32)
-        if M <= 8:
-            keep = _keep_by_rank(s, N, M)
+            bits = bits + (v.to(tl.uint32, bitcast=True),)
+        word = tl.zeros([UNITS], tl.uint32)
+        if HAS_X and ABSOLUTE:
+            # The common case: no score is negative or a NaN, and none equals the N-th of its group. Then the
+            # bits order as the scores do, and the word of those at least the N-th has N bits a group.
+            most = bits[0]
+            for k in tl.static_range(U // M):
+                nth, top = _nth_greatest(bits[k * M : k * M + M], N, M, NETWORK)
+                most = tl.maximum(most, top)
+                word |= _at_least(bits, nth, k * M, M, False) << (k * M)
+            odd = tl.where(most > 0x7F800000, 1, _count_bits(word) - N * (U // M))
+            if tl.max(tl.where(h * STEP < size, odd, 0), 0) != 0:
+                word = tl.zeros([UNITS], tl.uint32)
+                for k in tl.static_range(U // M):
+                    part = _keep_exactly(bits[k * M : k * M + M], N, M, NETWORK, True, nan_ptr)
+                    word |= part << (k * M)
         else:
-            keep = _keep_by_sort(s, N, M, NETWORK)
+            for k in tl.static_range(U // M):
+                part = _keep_exactly(bits[k * M : k * M + M], N, M, NETWORK, not ABSOLUTE or HAS_X, nan_ptr)
+                word |= part << (k * M)
+        keep = ()
+        for j in tl.static_range(U):
+            keep = keep + (((word >> j) & 1) != 0,)
         if ZERO:
             kept = ()
-            for j in tl.static_range(M):
+            for j in tl.static_range(U):
                 kept = kept + (tl.where(keep[j], w[j], 0.0).to(w[j].dtype),)
-            _store_planes(w_ptr, kept, row * stride_w + col, left, GROUPS, M, MODE, stride_w)
+            _store_planes(w_ptr, kept, row * stride_w + col, size, UNITS, U, MODE, stride_w)
         if MASK:
-            _store_planes(mask_ptr, keep, row * cols + col, left, GROUPS, M, MODE, cols)
+            _store_planes(mask_ptr, keep, row * cols + col, size, UNITS, U, MODE, cols)
         if PACKED:
             row_bytes = tl.cdiv(cols, 8)
             if MODE == 2:
-                b = tl.arange(0, GROUPS // 8)
+                b = tl.arange(0, UNITS // 8)
                 for j in tl.static_range(M):
-                    byte = merge_bits((keep[j] & (tl.arange(0, GROUPS) < left)).to(tl.int32), GROUPS, 1, 8)
+                    byte = merge_bits((keep[j] & (h < size)).to(tl.int32), UNITS, 1, 8)
                     at = packed_ptr + (row + j) * row_bytes + col // 8 + b
-                    inside = tl.where(row < rows, row_bytes - col // 8, 0)
-                    tl.store(at, byte.to(tl.uint8), mask=b < inside)
+                    tl.store(at, byte.to(tl.uint8), mask=b < row_bytes - col // 8)
             else:
-                # A group beyond the last has zero weights, of which N are "kept": clear its bits.
-                g = tl.arange(0, GROUPS)
-                word = merge_bits(tl.where(g * M < left, _words(keep, M), 0), GROUPS, M, 8)
-                b = tl.arange(0, GROUPS * M // BITS)
+                kind: tl.constexpr = tl.uint8 if U == 8 else (tl.uint16 if U == 16 else tl.uint32)
+                for k in tl.static_range(1, U // M):  # a group beyond the last has weights 0, of which N are kept
+                    word = tl.where(h * U + k * M < size, word, word & ((1 << (k * M)) - 1))
                 # Rows begin at multiples of the word: cols is a multiple of M.
                 at = (packed_ptr + row * row_bytes + col // 8).to(tl.pointer_type(kind))
-                tl.store(at + b, word.to(kind), mask=b * BITS < left)
+                tl.store(at + h, word.to(kind), mask=h * U < size)
         if COMPRESS:
-            v0 = tl.where(keep[0], w[0], tl.where(keep[1], w[1], w[2]))
-            v1 = tl.where(keep[3], w[3], tl.where(keep[2], w[2], w[1]))
-            i0 = tl.where(keep[0], 0, tl.where(keep[1], 1, 2))
-            i1 = tl.where(keep[3], 3, tl.where(keep[2], 2, 1))
-            v = tl.arange(0, GROUPS * 2)
-            values = tl.reshape(tl.join(v0, v1), [GROUPS * 2])
-            tl.store(values_ptr + row * (cols // 2) + col // 2 + v, values, mask=v * 2 < left)
-            b = tl.arange(0, GROUPS // 4)
-            word = merge_bits(i0 | (i1 << 2), GROUPS, 4, 16)
-            tl.store(meta_ptr + row * (cols // 16) + col // 16 + b, word.to(tl.int16), mask=b * 16 < left)
-    if tl.max(bad, 0) != 0:
-        tl.store(nan_ptr, 1)
+            values = ()
+            meta = tl.zeros([UNITS], tl.int32)
+            for k in tl.static_range(0, U, 4):
+                v0 = tl.where(keep[k], w[k], tl.where(keep[k + 1], w[k + 1], w[k + 2]))
+                v1 = tl.where(keep[k + 3], w[k + 3], tl.where(keep[k + 2], w[k + 2], w[k + 1]))
+                i0 = tl.where(keep[k], 0, tl.where(keep[k + 1], 1, 2))
+                i1 = tl.where(keep[k + 3], 3, tl.where(keep[k + 2], 2, 1))
+                values = values + (v0, v1)
+                meta |= (i0 | (i1 << 2)) << k
+            _store_planes(values_ptr, values, row * (cols // 2) + col // 2, size // 2, UNITS, U // 2, 0, 0)
+            tl.store(meta_ptr + row * (cols // 8) + col // 8 + h, meta.to(tl.uint8), mask=h * U < size)
 
 
 def sorting_network(size: int) -> tuple[int, ...]:
@@ -270,21 +307,22 @@ def select_nm_triton(
     rows, cols = weight.shape
     power = m & (m - 1) == 0
     mode = ALONG_OUT if along_out else SPLIT if power else STRIDED
-    # 1024 columns a program: 8 a thread, one 16-byte load of bf16, and little padding at widths such as
-    # 11008. Four rows a program share the loads of x.
-    width = min(1024, triton.next_power_of_2(max(cols, 64)))
-    groups = width if along_out else max(8, width // triton.next_power_of_2(m))
-    programs = triton.cdiv(cols, groups if along_out else groups * m)
+    unit = max(m, 8) if mode == SPLIT else m
+    # One warp a program, so that no barrier is needed to learn whether any of its groups is uncommon. A thread
+    # has one unit or two along `in`, and 32 elements along `out`, 8 neighbours at the most: 16 bytes of bf16.
+    units = min(256, 1024 // triton.next_power_of_2(m)) if along_out else 64 if unit <= 8 else 32
+    programs = triton.cdiv(cols, units if along_out else units * unit)
     row_groups = rows // m if along_out else rows
-    share = 1 if m > 8 or along_out else 4
+    half = m // 2
     dummy = nan
     options: dict[str, Any] = {
         "N": n,
         "M": m,
-        "GROUPS": groups,
-        "ROWS": share,
+        "U": unit,
+        "UNITS": units,
+        "ROWS": ROWS,
         "MODE": mode,
-        "NETWORK": sorting_network(m) if m > 8 else (),
+        "NETWORK": sorting_network(half) + tuple(half + i for i in sorting_network(m - half)),
         "HAS_X": x is not None,
         "ABSOLUTE": absolute,
         "ZERO": zero,
@@ -294,17 +332,17 @@ def select_nm_triton(
     }
     launch(
         select_nm_kernel,
-        (programs * triton.cdiv(row_groups, share),),
+        (programs * triton.cdiv(row_groups, ROWS),),
         weight,
         dummy if x is None else x.to(torch.float32),
         outputs["mask"].view(torch.uint8) if "mask" in outputs else dummy,
         outputs.get("packed", dummy),
         outputs.get("values", dummy),
-        outputs.get("meta", dummy),
+        outputs["meta"].view(torch.uint8) if "meta" in outputs else dummy,
         nan,
-        rows,
+        row_groups,
         cols,
         weight.stride(0),
-        num_warps=min(4, max(1, groups // 32)),  # a thread without a group of its own would repeat another's
+        num_warps=1,
         **options,
     )

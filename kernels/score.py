@@ -13,8 +13,9 @@ keys needs no float comparison, and 16-bit weights without X need half the bytes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -106,15 +107,83 @@ def check_writable(weight: Tensor, name: str) -> None:
         raise ValueError(f"{name} has strides {weight.stride()}; its rows overlap: pass {name}.clone()")
 
 
+def check_disjoint(written: Mapping[str, Tensor], read: Mapping[str, Tensor | None]) -> None:
+    """Raise a ValueError when one of ``written``, by name, shares a byte with another of them or of ``read``.
+
+    ``written`` are [rows, cols] with an inner stride of 1 whose own rows do not overlap, ``read`` those or
+    vectors. Column slices of one buffer, as of a fused QKV weight, interleave but share nothing.
+    """
+    layouts = [(name, True, _layout(tensor)) for name, tensor in written.items() if _has_memory(tensor)]
+    layouts += [(name, False, _layout(t)) for name, t in read.items() if t is not None and _has_memory(t)]
+    layouts.sort(key=lambda item: item[2].first)
+    open_: list[tuple[str, bool, _Layout]] = []  # those that may reach beyond where the next one begins
+    for name, is_written, layout in layouts:
+        open_ = [item for item in open_ if item[2].end > layout.first]
+        for other, other_is_written, before in open_:
+            if (is_written or other_is_written) and _share(before, layout):
+                later, earlier = (name, other) if other_is_written else (other, name)
+                raise ValueError(
+                    f"{later} overlaps the memory of {earlier}, which is to be zeroed in place: pass a clone"
+                )
+        open_.append((name, is_written, layout))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """``rows`` runs of ``width`` bytes, the first at address ``first``, ``stride`` bytes apart."""
+
+    first: int
+    rows: int
+    width: int
+    stride: int
+
+    @property
+    def end(self) -> int:
+        return self.first + (self.rows - 1) * self.stride + self.width
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.device.type != "meta"
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    size = tensor.element_size()
+    if tensor.dim() == 1:
+        rows, stride, width = tensor.shape[0], tensor.stride(0), 1
+    else:
+        rows, stride, width = tensor.shape[0], tensor.stride(0), tensor.shape[1]
+    if stride == width:  # one run, contiguous
+        rows, width = 1, rows * width
+    elif stride == 0:  # an expanded vector
+        rows = 1
+    return _Layout(tensor.data_ptr(), rows, width * size, stride * size if rows > 1 else width * size)
+
+
+def _share(a: _Layout, b: _Layout) -> bool:
+    """Whether a run of ``a`` and one of ``b`` have a byte in common: exact for any two strides."""
+    if a.rows > b.rows:
+        a, b = b, a
+    first = a.first - b.first + np.arange(a.rows, dtype=np.int64) * a.stride
+    # Run j of b, from j * stride on, ends beyond first, and begins before first + width.
+    least = np.maximum((first - b.width) // b.stride + 1, 0)
+    most = np.minimum(-((-first - a.width) // b.stride) - 1, b.rows - 1)
+    return bool((least <= most).any())
+
+
 def raise_if_nan(flag: Tensor, name: str, x_name: str, x: Tensor | None) -> None:
     """Raise what a kernel flagged: one int32, nonzero when a score was a NaN. A meta flag was never computed."""
     if flag.device.type != "meta" and bool(flag.item()):
         raise nan_error(name, x_name, x)
 
 
+def is_int(value: object) -> bool:
+    """Whether it is an int, or what stands for one while torch traces with dynamic shapes; a bool is none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def check_budget(k: int, limit: int, what: str) -> None:
     """Raise a ValueError unless ``k`` is an int in 0..limit."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= limit:
+    if not is_int(k) or not 0 <= k <= limit:
         raise ValueError(f"k is {k!r}; it must be an int in 0..{limit} ({what})")
 
 

@@ -15,12 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trisparse.kernels.bitmask import pack_bits
+from trisparse.kernels.bitmask import empty_mask, pack_bits
 from trisparse.kernels.launch import by_kernel
+from trisparse.kernels.operation import Operation
 from trisparse.kernels.score import (
     Chunks,
     Keys,
     check_budget,
+    check_disjoint,
     check_out,
     check_weight,
     check_writable,
@@ -71,6 +73,28 @@ def select_rows(
     check_out(out, ("mask", "packed"))
     if apply:
         check_writable(weight, "weight")
+    operation = _IN_PLACE if apply else _FUNCTIONAL
+    return operation(weight.detach(), k, None if x is None else x.detach(), absolute, out)
+
+
+def _run(weight: Tensor, k: int, x: Tensor | None, absolute: bool, out: str) -> Tensor:
+    return _select(weight, k, x, absolute, out, apply=False)
+
+
+def _run_in_place(weight: Tensor, k: int, x: Tensor | None, absolute: bool, out: str) -> Tensor:
+    check_disjoint({"weight": weight}, {"x": x})
+    return _select(weight, k, x, absolute, out, apply=True)
+
+
+def _result(weight: Tensor, k: int, x: Tensor | None, absolute: bool, out: str) -> Tensor:
+    return empty_mask(weight, out)
+
+
+_FUNCTIONAL = Operation("select_rows", _run, _result, reads_back=True)
+_IN_PLACE = Operation("select_rows_", _run_in_place, _result, mutates=("weight",), reads_back=True)
+
+
+def _select(weight: Tensor, k: int, x: Tensor | None, absolute: bool, out: str, apply: bool) -> Tensor:
     if by_kernel(weight) and weight.dtype != torch.float64:
         return _by_kernel(weight, k, x, absolute, out, apply)
     if weight.device.type == "cpu":
@@ -78,21 +102,16 @@ def select_rows(
     else:
         mask = select_rows_ref(weight, k, x=x, absolute=absolute)
     if apply:
-        with torch.no_grad():
-            weight.masked_fill_(~mask, 0)
+        weight.masked_fill_(~mask, 0)
     return pack_bits(mask) if out == "packed" else mask
 
 
 def _by_kernel(weight: Tensor, k: int, x: Tensor | None, absolute: bool, out: str, apply: bool) -> Tensor:
     from trisparse.kernels.select_triton import select_rows_triton  # Triton is there on Linux only
 
-    rows, cols = weight.shape
-    if out == "mask":
-        result = weight.new_empty(rows, cols, dtype=torch.bool)
-    else:
-        result = weight.new_empty(rows, -(-cols // 8), dtype=torch.uint8)
+    result = empty_mask(weight, out)
     nan = weight.new_zeros(1, dtype=torch.int32)
-    select_rows_triton(weight.detach(), k, x=x, absolute=absolute, zero=apply, outputs={out: result}, nan=nan)
+    select_rows_triton(weight, k, x=x, absolute=absolute, zero=apply, outputs={out: result}, nan=nan)
     raise_if_nan(nan, "weight", "x", x)
     return result
 

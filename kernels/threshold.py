@@ -22,12 +22,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trisparse.kernels.bitmask import pack_bits
+from trisparse.kernels.bitmask import empty_mask, pack_bits
 from trisparse.kernels.launch import by_kernel
+from trisparse.kernels.operation import Operation
 from trisparse.kernels.score import (
     Chunks,
     Keys,
     check_budget,
+    check_disjoint,
     check_out,
     check_weight,
     check_writable,
@@ -102,9 +104,8 @@ def select_global(
         For each weight, its mask, bool [rows, cols] with True = kept, or its packed mask.
 
     Raises:
-        ValueError: a wrong dtype, shape, stride, device, ``k`` or ``out``, lists of unequal length,
-        overlapping
-            memory, or a NaN score.
+        ValueError: a wrong dtype, shape, stride, device, ``k`` or ``out``, lists of unequal length, or
+            a NaN score; with ``apply`` also rows, weights or xs that share memory with a weight.
     """
     vectors = _checked(weights, xs)
     total = sum(weight.numel() for weight in weights)
@@ -113,21 +114,67 @@ def select_global(
     if apply:
         for i, weight in enumerate(weights):
             check_writable(weight, f"weights[{i}]")
+    if not weights:
+        return []
+    parts = [weight.detach() for weight in weights]
+    vectors = [None if x is None else x.detach() for x in vectors]
+    if not apply:
+        return _FUNCTIONAL(parts, k, vectors, absolute, out)
+    masks = _result(parts, k, vectors, absolute, out)
+    _IN_PLACE(parts, masks, k, vectors, absolute, out)
+    return masks
+
+
+def _run(weights: Sequence[Tensor], k: int, xs: Sequence[Tensor | None], absolute: bool, out: str) -> list[Tensor]:
+    return _select(weights, k, xs, absolute, out, apply=False)
+
+
+def _run_in_place(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    k: int,
+    xs: Sequence[Tensor | None],
+    absolute: bool,
+    out: str,
+) -> None:
+    written = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    check_disjoint(written, {f"xs[{i}]": x for i, x in enumerate(xs)})
+    for mask, selected in zip(masks, _select(weights, k, xs, absolute, out, apply=True), strict=True):
+        mask.copy_(selected)
+
+
+def _result(weights: Sequence[Tensor], k: int, xs: Sequence[Tensor | None], absolute: bool, out: str) -> list[Tensor]:
+    return [empty_mask(weight, out) for weight in weights]
+
+
+_FUNCTIONAL = Operation("select_global", _run, _result, reads_back=True)
+# The masks are an argument, since torch functionalises no operation that both mutates and returns a list.
+_IN_PLACE = Operation(
+    "select_global_",
+    _run_in_place,
+    lambda weights, masks, k, xs, absolute, out: None,
+    mutates=("weights", "masks"),
+    reads_back=True,
+)
+
+
+def _select(
+    weights: Sequence[Tensor], k: int, xs: Sequence[Tensor | None], absolute: bool, out: str, apply: bool
+) -> list[Tensor]:
+    total = sum(weight.numel() for weight in weights)
     if not total:
-        masks = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
+        masks = [empty_mask(weight, "mask") for weight in weights]
     elif by_kernel(weights[0]) and all(weight.dtype != torch.float64 for weight in weights):
         from trisparse.kernels.threshold_triton import select_global_triton  # Triton is there on Linux only
 
-        masks = select_global_triton(weights, k, vectors, absolute, zero=apply)
-        apply = False
+        return select_global_triton(weights, k, xs, absolute, out=out, zero=apply)
     elif weights[0].device.type == "cpu":
-        masks = _select_cpu(weights, k, vectors, absolute, total)
+        masks = _select_cpu(weights, k, xs, absolute, total)
     else:
         masks = select_global_ref(weights, k, xs=xs, absolute=absolute)
     if apply:
-        with torch.no_grad():
-            for weight, mask in zip(weights, masks, strict=True):
-                weight.masked_fill_(~mask, 0)
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.masked_fill_(~mask, 0)
     return [pack_bits(mask) for mask in masks] if out == "packed" else masks
 
 

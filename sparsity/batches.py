@@ -40,7 +40,7 @@ def calibration_batches(
         ValueError: no, empty or too short data, ids outside the vocabulary, or text without a tokenizer.
     """
     device = next(model.parameters()).device
-    extra = {"use_cache": False} if _accepts(model, "use_cache") else {}
+    extra = {"use_cache": False} if accepts(model, "use_cache") else {}
     config = getattr(model, "config", None)
     vocab_size = getattr(config, "vocab_size", None)
     if isinstance(data, Mapping):
@@ -93,7 +93,8 @@ def _as_batch(model: nn.Module, batch: Any) -> Batch:
     raise ValueError(f"data must yield dicts of the model's arguments or tensors, got {type(batch).__name__}")
 
 
-def _accepts(model: nn.Module, argument: str) -> bool:
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the forward of ``model`` has such an argument by name."""
     return argument in inspect.signature(model.forward).parameters
 
 

@@ -106,7 +106,7 @@ def probe(model: nn.Module, stacks: Mapping[int, Sequence[Block]], batch: Batch)
     with ExitStack() as replaced:
         for stack, blocks in stacks.items():
             for index, block in enumerate(blocks):
-                replaced.enter_context(_replaced_forward(block.module, partial(watch, stack, index)))
+                replaced.enter_context(replaced_forward(block.module, partial(watch, stack, index)))
         model(**_first_sample(batch))
     for stack, chain in chains.items():
         if len(chain.returned) < len(stacks[stack]) and chain.broken_at is None:
@@ -149,7 +149,7 @@ def capture(
 
     with ExitStack() as replaced:
         for index, block in enumerate(blocks):
-            replaced.enter_context(_replaced_forward(block.module, partial(record, index)))
+            replaced.enter_context(replaced_forward(block.module, partial(record, index)))
         for done, batch in enumerate(batches, start=1):
             with suppress(_LastBlockReached):
                 model(**batch)
@@ -159,6 +159,13 @@ def capture(
     return calls, entering
 
 
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Hidden states in the arguments of a call that :func:`probe` found in order."""
+    slot = _slot(args, kwargs)
+    hidden: Tensor = args[slot] if isinstance(slot, int) else kwargs[slot or ""]
+    return hidden
+
+
 def first_tensor(output: Any) -> Tensor:
     """Hidden states in a block's output, which is a tensor or a tuple that starts with it."""
     first: Tensor = output if isinstance(output, Tensor) else output[0]
@@ -166,7 +173,8 @@ def first_tensor(output: Any) -> Tensor:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, record: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, record: Callable[..., Any]) -> Iterator[None]:
+    """Let ``record(real forward, args, kwargs)`` stand for the forward of ``module`` while open."""
     real = module.forward
     had_own = "forward" in module.__dict__
     module.forward = lambda *args, **kwargs: record(real, args, kwargs)

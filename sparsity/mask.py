@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from trisparse.kernels.bitmask import count_bits, pack_bits, unpack_bits
+from trisparse.kernels.bitmask import apply_bits, count_bits, pack_bits, unpack_bits
+from trisparse.kernels.score import DTYPES
 from trisparse.sparsity.pattern import Pattern
 
 _ATTRIBUTE = "_trisparse_masks"
@@ -102,9 +103,17 @@ def attach(module: nn.Module, param: str, mask: Mask, *, zero: bool = True) -> N
     if weight.shape != mask.shape:
         raise MaskError(f"mask of shape {tuple(mask.shape)} does not fit {param} of shape {tuple(weight.shape)}")
     if zero:
-        with torch.no_grad():
-            weight.masked_fill_(~mask.dense(weight.device), 0)
+        _zero(weight, mask)
     module.__dict__.setdefault(_ATTRIBUTE, {})[param] = mask
+
+
+def _zero(weight: Tensor, mask: Mask) -> None:
+    if weight.is_contiguous() and not mask.transposed and weight.dtype in DTYPES:
+        # One kernel that reads an eighth of a byte a weight, where a bool matrix would be made and read.
+        apply_bits(weight.detach().view(mask.bits.shape[0], mask.cols), mask.bits.to(weight.device))
+        return
+    with torch.no_grad():
+        weight.masked_fill_(~mask.dense(weight.device), 0)
 
 
 def mask_of(module: nn.Module, param: str = "weight") -> Mask | None:

@@ -1,4 +1,10 @@
-"""From scores to masks: a pattern's exact budget, filled with the greatest scores, ties to the lower index."""
+"""From scores to masks: a pattern's exact budget, filled with the greatest scores, ties to the lower index.
+
+The kernels give packed bits, and could zero the weights in the same launch. They are not asked to: an error in
+the last layer of a block must leave its first ones as they were, and the scores of a metric may be another
+tensor than the weights. `trisparse.sparsity.mask.attach` zeroes by the packed bits once a whole block has its
+masks.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.nm import select_nm
 from trisparse.kernels.select import select_rows
 from trisparse.kernels.threshold import select_global
@@ -36,28 +43,29 @@ def select(target: Target, parts: Sequence[Score], pattern: Pattern) -> Mask:
     Raises:
         ValueError: a score is NaN, or the pattern needs all targets together (scope ``"global"``).
     """
-    keep: list[Tensor]
+    bits: list[Tensor]
     if isinstance(pattern, NM):
-        keep = [select_nm(s.weight, pattern.n, pattern.m, x=s.x, absolute=s.absolute) for s in parts]
+        bits = [select_nm(s.weight, pattern.n, pattern.m, x=s.x, absolute=s.absolute, out="packed") for s in parts]
     elif isinstance(pattern, Rows):
         norms = torch.cat([torch.linalg.vector_norm(s.materialise(), dim=1) for s in parts])
         kept = select_rows(norms[None], kept_of(norms.numel(), pattern.sparsity), absolute=False)
-        keep = [kept[0, :, None].expand(-1, target.cols)]
+        whole = pack_bits(kept.new_ones(1, target.cols))
+        bits = [torch.where(kept.T, whole, torch.zeros_like(whole))]
     elif pattern.scope == "row":
         k = kept_of(target.cols, pattern.sparsity)
-        keep = [select_rows(s.weight, k, x=s.x, absolute=s.absolute) for s in parts]
+        bits = [select_rows(s.weight, k, x=s.x, absolute=s.absolute, out="packed") for s in parts]
     elif pattern.scope == "layer":
-        keep = _select_together(parts, pattern)
+        bits = _select_together(parts, pattern)
     else:
         raise ValueError("scope 'global' ranks all targets together: use select_over_all")
-    return _as_mask(target, keep, pattern)
+    return _as_mask(target, bits, pattern)
 
 
 def select_over_all(targets: Sequence[Target], scores: Sequence[Sequence[Score]], pattern: Unstructured) -> list[Mask]:
     """Masks of all targets under one common budget, ties by (target, index)."""
-    keep = iter(_select_together([score for parts in scores for score in parts], pattern))
+    bits = iter(_select_together([score for parts in scores for score in parts], pattern))
     return [
-        _as_mask(target, [next(keep) for _ in parts], pattern) for target, parts in zip(targets, scores, strict=True)
+        _as_mask(target, [next(bits) for _ in parts], pattern) for target, parts in zip(targets, scores, strict=True)
     ]
 
 
@@ -68,9 +76,10 @@ def _select_together(scores: Sequence[Score], pattern: Unstructured) -> list[Ten
         kept_of(total, pattern.sparsity),
         xs=[score.x for score in scores],
         absolute=scores[0].absolute,
+        out="packed",
     )
 
 
-def _as_mask(target: Target, keep: list[Tensor], pattern: Pattern) -> Mask:
-    matrix = keep[0] if len(keep) == 1 else torch.cat(keep)
-    return Mask.from_matrix(matrix, target.weight.shape, pattern, transposed=target.transposed)
+def _as_mask(target: Target, bits: list[Tensor], pattern: Pattern) -> Mask:
+    packed = bits[0] if len(bits) == 1 else torch.cat(bits)
+    return Mask(packed.cpu(), target.weight.shape, target.cols, target.transposed, pattern)

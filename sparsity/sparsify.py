@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
 from trisparse.sparsity.targets import Skipped, Target, Targets, find_targets, is_peft_wrapped
 
 if TYPE_CHECKING:
-    from trisparse.sparsity.gradients import GradientStatistics
+    from trisparse.sparsity.gradient_statistics import GradientStatistics
 
 
 def sparsify(
@@ -60,7 +61,8 @@ def sparsify(
         data: calibration data: token tensor [length] or [n, length], string(s), a ``datasets`` dataset, or an
             iterable of batches (dicts of the model's keyword arguments, or tensors for its first argument).
         tokenizer: needed for text.
-        gradients: G of the weights, or a file of it, for a metric that reads G; None measures it on data.
+        gradients: G of the weights, or a file of it, for a metric that reads G; None measures it on data, or takes it
+            from the cache when it was measured before.
         include, exclude: shell-style patterns of weight or module names; ``include`` replaces the default choice.
         samples, seq_len: calibration sequences and their length in tokens; the length defaults to 2048 or the
             model's maximum, whichever is less. Batches are taken as they are.
@@ -101,7 +103,7 @@ def sparsify(
         )
     if reads_inputs:
         _check_batches(model, targets.found, batches, propagate)
-    norms = _gradients(model, targets, batches, gradients) if "G" in metric.uses else None
+    norms = _gradients(model, targets, batches, gradients, dtype, progress) if "G" in metric.uses else None
     pruning = _Pruning(pattern, metric, seed, norms)
     steps: Generator[tuple[list[Target], InputStatistics | None]] = (
         walk(
@@ -250,7 +252,7 @@ class _Pruning:
         shape = (target.weight.numel() // target.cols, target.cols)
         if tuple(norm.shape) != shape:
             raise ValueError(f"gradients of {target.name} have shape {tuple(norm.shape)}; they must be {shape}")
-        return norm.to(target.weight.device).chunk(target.parts)
+        return list(norm.to(target.weight.device).chunk(target.parts))
 
     def _attach(self, target: Target, mask: Mask, seconds: float, note: str) -> None:
         attach(target.module, target.param, mask)
@@ -264,12 +266,19 @@ def _gradients(
     targets: Targets,
     batches: Sequence[Batch],
     given: GradientStatistics | str | PathLike[str] | None,
+    dtype: torch.dtype | None,
+    progress: bool,
 ) -> GradientStatistics:
-    if given is not None and not isinstance(given, (str, PathLike)):
-        return given
-    from trisparse.sparsity.gradients import GradientStatistics, gradient_norms  # only metrics that read G pay
+    # Imported here: only metrics that read G pay for it.
+    if given is None:
+        from trisparse.sparsity.gradient_cache import cached_gradient_norms
 
-    return gradient_norms(model, targets, batches) if given is None else GradientStatistics.load(given)
+        return cached_gradient_norms(model, targets, batches, compute_dtype=dtype, progress=progress)
+    from trisparse.sparsity.gradient_statistics import GradientStatistics
+
+    if isinstance(given, (str, PathLike)):
+        return GradientStatistics.load(Path(given), targets.found)
+    return given
 
 
 def _blocks(targets: Targets) -> Generator[tuple[list[Target], None]]:
@@ -283,7 +292,7 @@ def _blocks(targets: Targets) -> Generator[tuple[list[Target], None]]:
 
 def _note(target: Target, statistics: InputStatistics | None) -> str:
     unreached = statistics.unreached_parts(target) if statistics else 0
-    return f"{unreached} of {target.parts} experts saw no calibration token: ranked by magnitude" if unreached else ""
+    return f"{unreached} of {target.parts} experts saw no calibration token: their X is 1" if unreached else ""
 
 
 def _check_finite(targets: Sequence[Target]) -> None:

@@ -37,7 +37,7 @@ class InputStatistics:
     def rms(self, target: Target) -> Tensor | None:
         """X of ``target``, fp32 [parts, cols], or None if no input reached it.
 
-        A part that no token reached (an expert that was never routed to) gets ones: it is ranked by magnitude.
+        A part that no token reached (an expert that was never routed to) gets ones.
         """
         if target.name not in self._squares:
             return None

@@ -91,6 +91,24 @@ def test_inspect_shows_and_checks(pruned):
     assert "step prune" in shown
 
 
+def test_prune_takes_an_expression_and_a_file(dense, tmp_path):
+    (tmp_path / "best.json").write_text('{"data": "sqr", "left": {"data": "W"}}')
+    for method in ("sqr(W)", tmp_path / "best.json"):
+        options = ["--sparsity", "50%", "--method", method, "--out", tmp_path / "p", "--json"]
+        assert json.loads(invoke("prune", dense, *options))["method"] == "sqr(W)"
+
+
+def test_metrics_lists_the_library_and_the_vocabulary():
+    rows = json.loads(invoke("metrics", "--json"))
+    assert {row["name"]: row["expression"] for row in rows}["wanda"] == "abs(W) * X"
+    assert "pruner-zero" in invoke("metrics")
+    assert {row["operation"] for row in json.loads(invoke("metrics", "--operations", "--json"))} >= {
+        "mms(x)",
+        "div(x, y)",
+    }
+    assert "extension" in invoke("metrics", "--operations")
+
+
 def test_env_lists_what_a_bug_report_needs():
     assert json.loads(invoke("env", "--json"))["packages"]["torch"] == torch.__version__
     assert "torch" in invoke("env")
@@ -113,6 +131,7 @@ def test_bench_aot_lists_every_kernel():
         (["prune", "DENSE", "--out", "DENSE"], "exists and is not a trisparse checkpoint"),
         (["prune", "DENSE", "--out", "NEW", "--data", "missing.txt"], "no such file"),
         (["prune", "DENSE", "--out", "NEW", "--method", "wanda"], "pass data"),
+        (["prune", "DENSE", "--out", "NEW", "--method", "abs(W"], "expected ')'"),
         (["retrain", "DENSE", "--data", "TEXT", "--out", "NEW"], "not a trisparse checkpoint"),
         (["retrain", "PRUNED", "--data", "TEXT", "--out", "NEW", "--groups", "lora,heads"], "groups must be"),
         (["inspect", "DENSE"], "not a trisparse checkpoint"),
@@ -144,3 +163,22 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 def test_help_answers_without_loading_torch():
     code = "import sys, trisparse.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_search_writes_a_metric_that_prune_takes_and_goes_on_where_it_was(dense, text, tmp_path):
+    small = ["--population", 3, "--calibration-samples", 2, "--seq-len", 16, "--eval-windows", 2, "--out", tmp_path]
+    command = ["search", dense, "--data", text, *small, "--start-from", "wanda, abs(W) * sqrt(X)", "--seed", 3]
+    printed = invoke(*command, "--iterations", 1)
+    assert "(pruner-zero)" in printed
+    assert "4 metrics in" in printed
+    found = json.loads(invoke(*command, "--iterations", 2, "--json"))
+    assert found["evaluations"] == 5
+    assert found["finished"]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["simplified"] for record in log[4:6]] == ["abs(W) * X", "abs(W) * sqrt(X)"]
+    assert (log[0]["settings"]["seed"], log[0]["settings"]["sparsity"]) == (3, 0.5)
+    assert (log[0]["model"]["name"], log[0]["data"]["windows"]) == (str(dense), [2, 16])
+    out = tmp_path / "pruned"
+    invoke("prune", dense, "--out", out, "--method", tmp_path / "best.json", "--sparsity", "50%", "--data", text,
+           "--samples", 2, "--seq-len", 16)  # fmt: skip
+    assert load(out) is not None

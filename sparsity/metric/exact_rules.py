@@ -11,12 +11,16 @@ from collections.abc import Callable
 import torch
 
 from trisparse.sparsity.metric.expression import Node, number
-from trisparse.sparsity.metric.interval import nonnegative
+from trisparse.sparsity.metric.interval import interval, nonnegative
 from trisparse.sparsity.metric.operations import OPERATIONS
 
 Rule = Callable[[Node], Node | None]
 
 _EVEN = ("abs", "sqr", "pow", "log", "sqrt", "norm1", "norm2")  # f(-x) = f(x)
+_ZERO_OF_ZERO = (
+    *("neg", "abs", "sqr", "pow", "sqrt", "tanh", "mms", "zsn", "norm1", "norm2", "div", "ratio"),
+    *("rowsum", "colsum", "max", "min", "mean"),
+)
 _COMMUTATIVE = ("add", "mul", "maximum", "minimum")
 
 
@@ -58,14 +62,19 @@ def neutral_element(node: Node) -> Node | None:
 
 
 def zero(node: Node) -> Node | None:
-    """x - x = 0, and a function of 0 that is 0; written 0 * W, which has its shape."""
-    if node.is_number or not all(node.shape) or node == _ZEROS:
+    """0 is x - x, a function of 0 that is 0, x / 0 by its guard, mms and zsn of one number; 0 * W for W's shape."""
+    if node.is_number or node == _ZEROS:
         return None
-    is_difference = node.data == "sub" and node.left == node.right
-    is_of_zero = (
-        node.data in ("neg", "abs", "sqr", "pow", "sqrt", "tanh", "mms", "zsn", "div", "ratio") and is_zero(node.left)
-    ) or (node.data in ("add", "sub", "maximum", "minimum") and all(is_zero(operand) for operand in node.operands))
-    return _ZEROS if is_difference or is_of_zero or is_zero(node) else None
+    left, right = node.left if node.operands else node, node.operands[-1] if node.operands else node
+    if (
+        is_zero(node)
+        or (node.data == "sub" and left == right)
+        or (node.data in _ZERO_OF_ZERO and is_zero(left))
+        or (node.data in ("div", "ratio") and is_zero(right))
+        or (node.data in ("mms", "zsn") and not any(left.shape))
+    ):
+        return _ZEROS if all(node.shape) else number(0)
+    return None
 
 
 def double_negation(node: Node) -> Node | None:
@@ -131,12 +140,20 @@ def square(node: Node) -> Node | None:
 
 
 def idempotent(node: Node) -> Node | None:
-    """maximum(x, x) = minimum(x, x) = x, mms(mms(x)) = mms(x); x + x = 2 * x."""
-    if node.data in ("maximum", "minimum") and node.left == node.right:
-        return node.left
+    """mms(mms(x)) = mms(x); x + x = 2 * x."""
     if node.data == "mms" and node.left.data == "mms":
         return node.left
     return Node("mul", (number(2), node.left)) if node.data == "add" and node.left == node.right else None
+
+
+def dominated(node: Node) -> Node | None:
+    """The greater or lesser of two is one of them where their values cannot overlap, or where they are the same."""
+    if node.data not in ("maximum", "minimum"):
+        return None
+    for one, other in (node.operands, node.operands[::-1]):
+        if one == other or interval(one)[1] <= interval(other)[0]:
+            return one if node.data == "minimum" else other
+    return None
 
 
 def reduction_of_one(node: Node) -> Node | None:
@@ -175,6 +192,7 @@ EXACT_RULES: tuple[Rule, ...] = (
     absolute_of_product,
     square,
     idempotent,
+    dominated,
     reduction_of_one,
     operand_order,
 )

@@ -59,7 +59,7 @@ METRICS = {
         _metric(
             "ria",
             "(abs(W) / colsum(abs(W)) + abs(W) / rowsum(abs(W))) * sqrt(X)",
-            "Zhang et al., 2024 (Plug-and-Play), a = 0.5, https://openreview.net/forum?id=Tr0lPx9woF",
+            "Zhang et al., ICLR 2024 (Plug-and-Play), with the root of X, a = 0.5",
             "share of the weight in its row and column, times the root of the input's size",
         ),
         Metric("random", None, "a lower bound", "uniform random numbers"),

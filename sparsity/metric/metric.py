@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,12 @@ class Metric:
         return Metric(infix(root) if self.name == self.infix else self.name, root, self.source, self.summary)
 
     def fingerprint(self) -> str:
-        """Hex digest of its masks on a fixed sample; equal for metrics that are the same for a search."""
-        return "random" if self.root is None else fingerprint(self.root)
+        """Hex digest of the masks of its simplified form on a fixed sample: equal, and a search has it already.
+
+        A search evaluates :meth:`simplified`: what merges scores by rounding, as exp does, has the digest of what
+        does not.
+        """
+        return hashlib.sha256(b"random").hexdigest() if self.root is None else fingerprint(simplify(self.root))
 
     def score(self, weight: Tensor, x: Tensor | None, g: Tensor | None, generator: torch.Generator) -> Score:
         """What the selection kernels rank for one weight.

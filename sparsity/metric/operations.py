@@ -60,7 +60,7 @@ class Operation:
 # and the selection refuses NaN.
 def _mms(x: Tensor) -> Tensor:
     low, high = torch.aminmax(x)
-    return torch.where(high == low, torch.zeros_like(x), (x - low) / (high - low))
+    return torch.where((high == low) & high.isfinite(), torch.zeros_like(x), (x - low) / (high - low))
 
 
 def _zsn(x: Tensor) -> Tensor:
@@ -69,7 +69,9 @@ def _zsn(x: Tensor) -> Tensor:
     deviation = x.std()
     # A constant matrix has a deviation of exactly 0 only where its mean rounds to the constant.
     low, high = torch.aminmax(x)
-    return torch.where((deviation == 0) | (high == low), torch.zeros_like(x), (x - x.mean()) / deviation)
+    return torch.where(
+        (deviation == 0) | ((high == low) & high.isfinite()), torch.zeros_like(x), (x - x.mean()) / deviation
+    )
 
 
 def _div(x: Tensor, y: Tensor) -> Tensor:

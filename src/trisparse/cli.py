@@ -1,4 +1,4 @@
-"""The command line: prune, retrain, eval, inspect, metrics, env and demo.
+"""The command line: prune, retrain, eval, inspect, metrics, search, env and demo.
 
 Heavy imports happen inside the commands, so that ``trisparse --help`` answers at once.
 """
@@ -49,6 +49,9 @@ def prune(
     include: Annotated[list[str] | None, typer.Option(help="Weights to prune (shell pattern; repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Weights to leave out (shell pattern; repeatable).")] = None,
     propagate: Annotated[str, typer.Option(help="block, dense or linear.")] = "block",
+    gradients: Annotated[
+        Path | None, typer.Option(help="File of gradient norms for a metric that reads G; else measured, then cached.")
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -72,6 +75,7 @@ def prune(
         seq_len=seq_len,
         seed=seed,
         propagate=propagate,  # type: ignore[arg-type]  # checked by sparsify
+        gradients=gradients,
     )
     content = report.to_dict()
     step = {k: content[k] for k in ("pattern", "method", "propagate", "samples", "tokens", "sparsity", "seconds")}
@@ -191,6 +195,70 @@ def metrics(
     from rich.console import Console
 
     Console().print(table)
+
+
+@app.command()
+def search(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the log and the best metric; an earlier search there goes on.")],
+    eval_data: Annotated[str | None, typer.Option(help="What perplexity is measured on, if not --data.")] = None,
+    iterations: Annotated[int, typer.Option(help="Rounds of offspring.")] = 300,
+    population: Annotated[int, typer.Option(help="Random metrics at the start.")] = 50,
+    batch: Annotated[int | None, typer.Option(help="Offspring a round; with --workers ray also the actors.")] = None,
+    strategy: Annotated[str, typer.Option(help="evolution or random.")] = "evolution",
+    workers: Annotated[str, typer.Option(help="local, or ray (the cluster at $RAY_ADDRESS, or here).")] = "local",
+    sparsity: Annotated[str, typer.Option(help="Share of each row that is pruned.")] = "50%",
+    calibration_samples: Annotated[int, typer.Option(help="Calibration sequences, for X and G.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence and window.")] = 512,
+    eval_windows: Annotated[int, typer.Option(help="Windows that perplexity is measured on.")] = 16,
+    start_from: Annotated[str, typer.Option(help="Known metrics to start with, by name, comma between them.")] = "",
+    operations: Annotated[str, typer.Option(help="published, or extended.")] = "published",
+    mutation: Annotated[str, typer.Option(help="one-node or each-node.")] = "one-node",
+    numbers: Annotated[float, typer.Option(help="Share of leaves that are numbers.")] = 0.0,
+    race: Annotated[bool, typer.Option(help="Stop a metric that is surely not among the best.")] = True,
+    time_limit: Annotated[float | None, typer.Option(help="Minutes after which no round begins; resumable.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Search the metric that prunes a model best (Pruner-Zero). Stopped, it goes on with the same command."""
+    from trisparse.sparsity.search import SearchSettings
+    from trisparse.sparsity.search import search as run_search
+    from trisparse.sparsity.search.workers import default_batch
+    from trisparse.sparsity.text import load_text
+
+    settings = SearchSettings(
+        population=population,
+        iterations=iterations,
+        batch=default_batch(workers) if batch is None else batch,
+        strategy=strategy,  # type: ignore[arg-type]  # checked, as the two below
+        sparsity=sparsity,
+        mutation=mutation,  # type: ignore[arg-type]
+        operations=operations,  # type: ignore[arg-type]
+        numbers=numbers,
+        start_from=tuple(name.strip() for name in start_from.split(",") if name.strip()),
+        race=race,
+        seed=seed,
+    )
+    calibration = load_text(data, split="calibration")
+    evaluation = load_text(eval_data or data, split="validation")
+    loaded, tokenizer, _ = _load(model)
+    result = run_search(
+        loaded,
+        calibration,
+        evaluation,
+        out=out,
+        settings=settings,
+        tokenizer=tokenizer,
+        samples=calibration_samples,
+        seq_len=seq_len,
+        windows=eval_windows,
+        workers=workers,  # type: ignore[arg-type]  # checked by search
+        time_limit=None if time_limit is None else 60 * time_limit,
+        name=model,
+        progress=not as_json,
+    )
+    _print(result.to_dict(), str(result), as_json)
 
 
 @app.command()

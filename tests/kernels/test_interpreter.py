@@ -1,4 +1,4 @@
-"""Runs test_triton.py under Triton's interpreter, which must be chosen before Triton is imported."""
+"""Runs the kernel tests under Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 def test_kernels_interpreted():
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "test_triton.py")]
+    files = [str(here / "test_triton.py"), str(here / "test_triton_shapes.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -116,11 +116,11 @@ def test_nm_compressed(awkward, dtype):
 
 
 def test_global(awkward, dtype):
-    x = vector(33)
-    for name, weight in cases(awkward, 20, 33, dtype).items():
-        other = cases(awkward, 7, 33, torch.float32)["few values"]
+    x = vector(66)[::2]  # strided, as a view of several layers' statistics may be
+    for number, (name, weight) in enumerate(cases(awkward, 7, 33, dtype).items()):
+        other = cases(awkward, 3, 33, torch.float32)["few values"]
         weights = [weight, other, weight[:0], weight[:3].clone()]
-        for xs, absolute, k in ((None, True, 300), ([x, None, x, x - 0.5], False, 500), (None, True, 0)):
+        for xs, absolute, k in ((None, True, 150), ([x, None, x, x - 0.5], False, 200), (None, True, number % 2 * 429)):
             zeroed = [part.clone() for part in weights]
             expected = select_global_ref(weights, k, xs=xs, absolute=absolute)
             masks = select_global(zeroed, k, xs=xs, absolute=absolute, apply=True)
@@ -129,15 +129,48 @@ def test_global(awkward, dtype):
                 assert torch.equal(part, before.masked_fill(~mask, 0)), (name, k)
 
 
-@pytest.mark.parametrize("k", [1, 700, 2300])
-def test_global_with_an_unlucky_sample(monkeypatch, k):
+@pytest.mark.parametrize("cols", [33, 40, 1032])
+def test_global_packed(awkward, dtype, cols):
+    weights = [cases(awkward, 3, cols, dtype)[name] for name in ("normal", "few values", "every other row")]
+    expected = select_global_ref(weights, 4 * cols)
+    zeroed = [weight.clone() for weight in weights]
+    packed = select_global(zeroed, 4 * cols, out="packed", apply=True)
+    assert all(map(torch.equal, packed, map(bitmask.pack_bits_ref, expected)))
+    for part, before, mask in zip(zeroed, weights, expected, strict=True):
+        assert torch.equal(part, before.masked_fill(~mask, 0))
+
+
+def adversarial():
+    """Weights [40, 50] that are hard to sample, or to bracket."""
+    normal = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    outliers = normal.clone()
+    outliers[3, 5], outliers[7] = 1e38, math.inf
+    return {
+        "normal": normal,
+        "bf16": normal.bfloat16(),
+        "sorted": normal.flatten().sort().values.reshape(40, 50),
+        "outliers": outliers,
+        "all equal": torch.full((40, 50), 3.0),
+        "two values": (normal > 0.3).float() + 1,
+        "mostly zero": torch.where(normal > 1.5, normal, 0.0),
+    }
+
+
+@pytest.mark.parametrize("k", [1, 700, 1600, 2333])
+@pytest.mark.parametrize("miss", ["small", "above", "below"])
+def test_global_with_an_unlucky_sample(monkeypatch, k, miss):
+    """Brackets from 16 samples, which hold too many scores inside or none at all; and such that always miss."""
     from trisparse.kernels import threshold_triton
 
     monkeypatch.setattr(threshold_triton, "_SAMPLES", 16)
     monkeypatch.setattr(threshold_triton, "_MARGIN", 1)
-    weights = [torch.randn(40, 50, generator=torch.Generator().manual_seed(0)).to(WHERE), vector(333)[None]]
-    expected = select_global_ref(weights, k)
-    assert all(map(torch.equal, select_global(weights, k), expected))
+    if miss != "small":
+        end = (torch.tensor([2.5 if miss == "above" else 0.001], device=WHERE),) * 2
+        monkeypatch.setattr(threshold_triton, "_bracket", lambda *_, **__: end)
+    for name, weight in adversarial().items():
+        weights = [weight.to(WHERE), vector(333)[None]]
+        expected = select_global_ref(weights, k)
+        assert all(map(torch.equal, select_global(weights, k), expected)), name
 
 
 @pytest.mark.parametrize("cols", [1, 8, 9, 70, 1025])

@@ -113,7 +113,7 @@ def test_experts_without_tokens_are_ranked_by_magnitude_and_named(model_named, t
     weight = experts.gate_up_proj.detach().clone()
     report = sparsify(model, "50%", "wanda", tokens, samples=8, seq_len=16, progress=False)
     notes = {row.name: row.note for row in report.targets if row.note}
-    expected = "2 of 4 experts saw no calibration token: ranked by magnitude"
+    expected = "2 of 4 experts saw no calibration token: their X is 1"
     assert notes["model.layers.1.mlp.experts.gate_up_proj"] == expected
     assert expected in str(report)
     smallest = weight[3].abs().argsort(dim=1)[:, :16]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from trisparse.kernels.launch import using
 from trisparse.sparsity.mask import (
     Mask,
     MaskError,
@@ -16,7 +17,10 @@ from trisparse.sparsity.mask import (
     masks_sha256,
     to_matrix,
 )
-from trisparse.sparsity.pattern import NM
+from trisparse.sparsity.metric import Score
+from trisparse.sparsity.pattern import NM, Rows, parse_pattern
+from trisparse.sparsity.selection import select
+from trisparse.sparsity.targets import find_targets
 
 KEEP = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]], dtype=torch.bool)
 
@@ -29,6 +33,75 @@ def linear():
 
 def mask(keep=KEEP, **options):
     return Mask.from_matrix(keep, torch.Size(options.pop("shape", keep.shape)), NM(2, 4), **options)
+
+
+@pytest.fixture
+def launched():
+    """Names of the kernels launched, none of which runs."""
+    pytest.importorskip("triton")
+    names = []
+    with using(lambda kernel, *_: names.append(kernel.__name__)):
+        yield names
+
+
+def random_keep(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "cols", "transposed"),
+    [((5, 9), 9, False), ((9, 5), 9, True), ((3, 9, 5), 9, True), ((3, 5, 9), 9, False), ((4, 3, 2, 2), 12, False)],
+)
+def test_attach_zeroes_every_layout(shape, cols, transposed, dtype):
+    module = nn.Module()
+    keep = random_keep(torch.Size(shape).numel() // cols, cols)
+    weight = torch.arange(1.0, torch.Size(shape).numel() + 1).view(shape).to(dtype)
+    layouts = [weight.clone(), torch.stack([weight, weight], -1)[..., 0]]
+    if len(shape) == 4:
+        layouts.append(weight.to(memory_format=torch.channels_last))
+    for layout in layouts:
+        module.weight = nn.Parameter(layout)
+        mask = Mask.from_matrix(keep, module.weight.shape, NM(2, 4), transposed=transposed)
+        attach(module, "weight", mask)
+        assert torch.equal(layout, weight.masked_fill(~mask.dense(), 0))
+
+
+def test_attach_zeroes_by_the_bits_where_kernels_run(launched):
+    layer, kept = linear(), mask()
+    launched.clear()
+    attach(layer, "weight", kept)
+    assert launched == ["unpack_kernel"]
+
+
+def test_attach_is_noticed_by_autograd():
+    layer = linear()
+    loss = (layer.weight**2).sum()
+    attach(layer, "weight", mask())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kernels"),
+    [
+        ("2:4", ["select_nm_kernel"]),
+        ("50%", ["select_rows_kernel"]),
+        (Rows(0.5), ["select_rows_kernel", "pack_kernel"]),
+    ],
+)
+def test_selection_makes_no_bool_matrix_where_kernels_run(launched, pattern, kernels):
+    (target,) = find_targets(nn.Sequential(nn.Linear(16, 8, bias=False))).found
+    select(target, [Score(target.matrix())], parse_pattern(pattern))
+    assert launched == [*kernels, "count_kernel"]
+
+
+def test_pruned_rows_are_whole():
+    (target,) = find_targets(nn.Sequential(nn.Linear(13, 6, bias=False))).found
+    weight = torch.arange(6.0)[:, None] + torch.zeros(6, 13)
+    chosen = select(target, [Score(weight[:2]), Score(weight[2:])], Rows(0.5))
+    assert torch.equal(chosen.matrix(), torch.tensor([False] * 3 + [True] * 3)[:, None].expand(6, 13))
+    assert chosen.kept == 39
 
 
 def test_attach_zeroes_the_pruned_weights_and_only_them():
