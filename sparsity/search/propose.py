@@ -73,7 +73,7 @@ def propose(population: Population, given: list[Node], iteration: int, slot: int
         if reason is None:
             root = simplified(tree, settings)
             changed = by_depth.setdefault(str(tree.depth), [0, 0])
-            changed[0] += _has_opposing(tree)
+            changed[0] += has_opposing(tree)
             changed[1] += 1
             form = infix(root)
             reason = _seen(population, root, form, origin)
@@ -93,7 +93,7 @@ def simplified(tree: Node, settings: SearchSettings) -> Node:
     return simplify(tree, opposing=settings.opposing)
 
 
-def _has_opposing(tree: Node) -> bool:
+def has_opposing(tree: Node) -> bool:
     """Whether the tree gets smaller by what cancels wherever it stands: neither its place nor its ranking counts."""
     return _size(simplify(tree, rowwise=False, opposing=True)) < _size(tree)
 

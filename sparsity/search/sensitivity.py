@@ -10,13 +10,28 @@ from torch import Tensor
 from trisparse.sparsity.batches import calibration_batches
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.metric.expression import Node
+from trisparse.sparsity.metric.parser import parse
 from trisparse.sparsity.progress import progress_bar
+from trisparse.sparsity.search.analysis import SearchHistory
 from trisparse.sparsity.search.evaluator import Evaluator, perplexity_of
 from trisparse.sparsity.search.measure import Statistics, measure
 from trisparse.sparsity.targets import Targets, find_targets
 
 SAMPLES = (1, 2, 4, 8, 16, 32)
 SPARSITY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+def metrics_to_compare(history: SearchHistory) -> dict[str, Node]:
+    """The best metric of a search, by the name "searched", and the references that could be measured.
+
+    Raises:
+        ValueError: the search measured no metric on the whole text.
+    """
+    if not history.measured:
+        raise ValueError("the log holds no metric that was measured on the whole text")
+    references = [r for r in history.references if r["perplexity"] is not None and r["name"] != "magnitude"]
+    found = {"searched": parse(history.measured[0]["simplified"])}
+    return found | {r["name"]: parse(r["expression"]) for r in references}
 
 
 def sensitivity(
