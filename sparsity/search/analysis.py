@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from trisparse.sparsity.metric.expression import Node
+from trisparse.sparsity.metric.parser import parse
 from trisparse.sparsity.search.log import LogError, Record
-from trisparse.sparsity.search.propose import has_opposing
 from trisparse.sparsity.search.settings import SearchSettings
 from trisparse.sparsity.search.trees import random_tree
 
@@ -116,20 +117,44 @@ def correlation(history: SearchHistory) -> Correlation:
     return Correlation([*names, "perplexity"], matrix, len(records))
 
 
+_UNDO = {("exp", "log"), ("log", "exp"), ("neg", "neg")}
+_UNDO |= {pair for square in ("sqr", "pow") for pair in ((square, "sqrt"), ("sqrt", square))}
+_UNDO_BINARY = {("add", "sub"), ("sub", "add"), ("mul", "div"), ("div", "mul"), ("mul", "ratio"), ("ratio", "mul")}
+
+
+def has_opposing(tree: Node) -> bool:
+    """Whether the tree holds a pair of opposing operations, by the list in Pruner-Zero's sections 3.2 and E.1.
+
+    exp and log, sqr (or pow) and sqrt, neg and neg, one upon the other; add and sub, mul and div with the same operand;
+    add or sub of a neg.
+    """
+    for node in tree.walk():
+        for place, below in enumerate(node.operands):
+            if (node.data, below.data) in _UNDO:
+                return True
+            if node.data in ("add", "sub") and below.data == "neg":
+                return True
+            if (node.data, below.data) in _UNDO_BINARY:
+                other = node.operands[1 - place]
+                if other == below.right or (below.data in ("add", "mul") and other == below.left):
+                    return True
+    return False
+
+
 def opposing_in_log(history: SearchHistory) -> dict[int, tuple[int, int]]:
-    """{depth: (trees with operations that cancel, trees)} over everything that the search proposed."""
+    """{depth: (trees with opposing operations, trees)} over the metrics evaluated, as they were made."""
     sums: dict[int, tuple[int, int]] = {}
     for record in history.evaluations:
-        for depth, (cancelled, trees) in record["simplified_by_depth"].items():
-            before = sums.get(int(depth), (0, 0))
-            sums[int(depth)] = before[0] + cancelled, before[1] + trees
+        tree = parse(record["expression"])
+        before = sums.get(tree.depth, (0, 0))
+        sums[tree.depth] = before[0] + has_opposing(tree), before[1] + 1
     return dict(sorted(sums.items()))
 
 
 def opposing_in_random_trees(
     settings: SearchSettings, depths: Sequence[int] = (3, 5, 7, 9), *, trials: int = 4, trees: int = 500
 ) -> dict[int, list[float]]:
-    """{depth: share of random trees with operations that cancel, for each trial} (Table 12)."""
+    """{depth: share of random trees with opposing operations, for each trial} (Table 12)."""
     shares: dict[int, list[float]] = {}
     for depth in depths:
         drawn = SearchSettings(

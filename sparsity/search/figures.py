@@ -25,7 +25,7 @@ def draw_convergence(lines: Mapping[str, Sequence[float]], references: Mapping[s
     for style, (name, value) in zip(("--", ":", "-."), references.items(), strict=False):
         if value < 3 * floor:  # magnitude pruning is ten times worse and would flatten everything else
             axes.axhline(value, color="#555555", linewidth=1, linestyle=style, label=f"{name} ({value:.2f})")
-    axes.set_ylim(top=min(max(known), 2 * floor))
+    axes.set_ylim(0.98 * floor, min(max([*known, *references.values()]), 1.5 * floor))
     axes.set_xlabel("metrics evaluated")
     axes.set_ylabel("best perplexity so far (less is better)")
     axes.grid(alpha=0.25)
@@ -46,7 +46,15 @@ def draw_operations(found: Correlation, file: Path) -> None:
         for j in range(len(names)):
             if math.isfinite(matrix[i, j]):
                 shade = "white" if abs(matrix[i, j]) > 0.6 else "black"
-                axes.text(j, i, f"{matrix[i, j]:.1f}", ha="center", va="center", fontsize=6, color=shade)
+                axes.text(
+                    j,
+                    i,
+                    f"{matrix[i, j]:.1f}".replace("-0.0", "0.0"),
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color=shade,
+                )
     axes.set_title(f"correlation over {found.metrics} metrics measured in full", fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.8)
     _save(figure, file)

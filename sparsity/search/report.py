@@ -159,9 +159,9 @@ def _opposing(history: SearchHistory) -> str:
         mean, deviation = mean_and_deviation(shares)
         rows.append((str(depth), *(f"{share:.2f}" for share in shares), f"{mean:.2f}", f"{deviation:.3f}"))
     head = ("depth", *(f"trial {i + 1}" for i in range(len(next(iter(trials.values()))))), "mean", "deviation")
-    text = "Share of trees in which opposing operations cancel (OOS), over random trees of each depth:"
-    seen = ", ".join(f"depth {d}: {c / n:.2f} of {n}" for d, (c, n) in opposing_in_log(history).items() if n)
-    return f"## Opposing operations\n\n{text}\n\n{_table(head, rows)}\n\nIn what this search proposed: {seen}."
+    text = "Share of trees that hold opposing operations (what OOS removes), over random trees of each depth:"
+    seen = ", ".join(f"depth {d}: {c / n:.2f} of {n}" for d, (c, n) in opposing_in_log(history).items())
+    return f"## Opposing operations\n\n{text}\n\n{_table(head, rows)}\n\nOf the metrics that this search evaluated, as they were made: {seen}."
 
 
 def _sensitivity(results: Mapping[str, Any], out: Path) -> str:
