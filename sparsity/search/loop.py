@@ -151,7 +151,7 @@ def _described(proposal: Proposal) -> Record:
             "size": sum(1 for _ in proposal.root.walk()),
             "operations": operation_counts(proposal.root),
         }
-    return record | {"skipped": proposal.skipped, "simplified_by_depth": proposal.simplified_by_depth}
+    return record | {"skipped": proposal.skipped}
 
 
 def _shortened(text: str, width: int = 40) -> str:

@@ -35,8 +35,6 @@ class Proposal:
         form: ``root`` as text.
         fingerprint: of ``root``.
         skipped: attempts before it, by reason: "shape", "depth", "form" or "fingerprint".
-        simplified_by_depth: {depth: [trees with operations that cancel, all trees]} over the attempts whose value has
-            W's shape: the paper's effective probability (Table 12).
     """
 
     iteration: int
@@ -48,7 +46,6 @@ class Proposal:
     form: str = ""
     fingerprint: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
-    simplified_by_depth: dict[str, list[int]] = field(default_factory=dict)
 
 
 def propose(population: Population, given: list[Node], iteration: int, slot: int) -> Proposal:
@@ -61,7 +58,6 @@ def propose(population: Population, given: list[Node], iteration: int, slot: int
     """
     settings = population.settings
     skipped: dict[str, int] = {}
-    by_depth: dict[str, list[int]] = {}
     parents: tuple[int, ...]
     for attempt in range(_ATTEMPTS):
         rng = random.Random(f"{settings.seed} {iteration} {slot} {attempt}")
@@ -72,9 +68,6 @@ def propose(population: Population, given: list[Node], iteration: int, slot: int
         reason: str | None = None if all(tree.shape) else "shape"
         if reason is None:
             root = simplified(tree, settings)
-            changed = by_depth.setdefault(str(tree.depth), [0, 0])
-            changed[0] += _has_opposing(tree)
-            changed[1] += 1
             form = infix(root)
             reason = _seen(population, root, form, origin)
         if reason is None:
@@ -83,23 +76,14 @@ def propose(population: Population, given: list[Node], iteration: int, slot: int
             population.forms.add(form)
         if reason is None:
             population.fingerprints.add(mark)
-            return Proposal(iteration, slot, origin, parents, tree, root, form, mark, skipped, by_depth)
+            return Proposal(iteration, slot, origin, parents, tree, root, form, mark, skipped)
         skipped[reason] = skipped.get(reason, 0) + 1
-    return Proposal(iteration, slot, skipped=skipped, simplified_by_depth=by_depth)
+    return Proposal(iteration, slot, skipped=skipped)
 
 
 def simplified(tree: Node, settings: SearchSettings) -> Node:
     """The tree that is evaluated and inherited: for row-wise masks, with opposing operations cancelled if so set."""
     return simplify(tree, opposing=settings.opposing)
-
-
-def _has_opposing(tree: Node) -> bool:
-    """Whether the tree gets smaller by what cancels wherever it stands: neither its place nor its ranking counts."""
-    return _size(simplify(tree, rowwise=False, opposing=True)) < _size(tree)
-
-
-def _size(tree: Node) -> int:
-    return sum(1 for _ in tree.walk())
 
 
 def _made(rng: random.Random, population: Population, iteration: int) -> tuple[Node, str, tuple[int, ...]]:

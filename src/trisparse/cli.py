@@ -261,6 +261,42 @@ def search(
     _print(result.to_dict(), str(result), as_json)
 
 
+@app.command("search-report")
+def search_report(
+    log: Annotated[Path, typer.Argument(help="log.jsonl of a search.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md and its figures.")],
+    baseline: Annotated[Path | None, typer.Option(help="Log of a random search, to compare the convergence.")] = None,
+    model: Annotated[str | None, typer.Option(help="Measure the sensitivity of the best metric on this model.")] = None,
+    data: Annotated[str | None, typer.Option(help="With --model: calibration and evaluation data.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="What perplexity is measured on, if not --data.")] = None,
+) -> None:
+    """Show what a search found: convergence, best metrics, operations, and with --model their sensitivity.
+
+    The sensitivity is kept in OUT/sensitivity.json, and drawn again from there without --model.
+    """
+    from trisparse.sparsity.search.analysis import read_history
+    from trisparse.sparsity.search.report import write_report
+    from trisparse.sparsity.search.sensitivity import metrics_to_compare, sensitivity
+    from trisparse.sparsity.text import load_text
+
+    history = read_history(log)
+    measured = out / "sensitivity.json"
+    if model is not None:
+        if data is None:
+            raise typer.BadParameter("--model needs --data, the text to calibrate and measure on")
+        calibration = load_text(data, split="calibration")
+        evaluation = load_text(eval_data or data, split="test" if eval_data is None else "validation")
+        loaded, tokenizer, _ = _load(model)
+        found = sensitivity(loaded, metrics_to_compare(history), calibration, evaluation, tokenizer=tokenizer)
+        out.mkdir(parents=True, exist_ok=True)
+        measured.write_text(json.dumps(found, indent=1) + "\n")
+    results = json.loads(measured.read_text()) if measured.is_file() else None
+    page = write_report(
+        history, out, baseline=None if baseline is None else read_history(baseline), sensitivity=results
+    )
+    print(f"wrote {page}")
+
+
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Less data: under two minutes, rougher numbers.")] = False,

@@ -42,16 +42,6 @@ def test_equal_masks_are_found_by_fingerprint_where_no_rule_sees_them(drawing):
     assert sum(second.skipped.values()) == 1
 
 
-def test_opposing_operations_are_counted_by_depth_of_the_tree_as_drawn(drawing):
-    drawing("neg(neg(neg(neg(W))))", "abs(W) * X", "norm1(W)", "log(exp(W)) * G")
-    population = Population(SearchSettings())
-    population.forms |= {"W", "abs(W) * X"}
-    proposal = propose.propose(population, [], 0, 0)
-    assert proposal.simplified_by_depth == {"5": [1, 1], "3": [0, 1], "4": [1, 1]}
-    assert proposal.form in ("G * W", "W * G")
-    assert proposal.tree == parse("log(exp(W)) * G")
-
-
 def test_opposing_is_an_option():
     tree = parse("log(exp(W)) * G")
     assert simplified(tree, SearchSettings()).depth == 2
