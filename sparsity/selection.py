@@ -45,7 +45,10 @@ def select(target: Target, parts: Sequence[Score], pattern: Pattern) -> Mask:
     """
     bits: list[Tensor]
     if isinstance(pattern, NM):
-        bits = [select_nm(s.weight, pattern.n, pattern.m, x=s.x, absolute=s.absolute, out="packed") for s in parts]
+        bits = [
+            select_nm(s.weight, pattern.n, pattern.m, x=s.x, absolute=s.absolute, score=s.metric, g=s.g, out="packed")
+            for s in parts
+        ]
     elif isinstance(pattern, Rows):
         norms = torch.cat([torch.linalg.vector_norm(s.materialise(), dim=1) for s in parts])
         kept = select_rows(norms[None], kept_of(norms.numel(), pattern.sparsity), absolute=False)
@@ -53,7 +56,9 @@ def select(target: Target, parts: Sequence[Score], pattern: Pattern) -> Mask:
         bits = [torch.where(kept.T, whole, torch.zeros_like(whole))]
     elif pattern.scope == "row":
         k = kept_of(target.cols, pattern.sparsity)
-        bits = [select_rows(s.weight, k, x=s.x, absolute=s.absolute, out="packed") for s in parts]
+        bits = [
+            select_rows(s.weight, k, x=s.x, absolute=s.absolute, score=s.metric, g=s.g, out="packed") for s in parts
+        ]
     elif pattern.scope == "layer":
         bits = _select_together(parts, pattern)
     else:
@@ -76,6 +81,8 @@ def _select_together(scores: Sequence[Score], pattern: Unstructured) -> list[Ten
         kept_of(total, pattern.sparsity),
         xs=[score.x for score in scores],
         absolute=scores[0].absolute,
+        score=scores[0].metric,
+        gs=[score.g for score in scores],
         out="packed",
     )
 

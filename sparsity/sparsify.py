@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trisparse.kernels.launch import by_kernel
 from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
@@ -188,7 +189,8 @@ class _Pruning:
         if not members:
             return
         start = time.perf_counter()
-        scores = [self._scores(target, x) for target, x, _ in members]
+        new = all(mask_of(target.module, target.param) is None for target, _, _ in members)
+        scores = [self._scores(target, x, fused=new) for target, x, _ in members]
         assert isinstance(self.pattern, Unstructured)
         chosen = select_over_all([target for target, _, _ in members], scores, self.pattern)
         seconds = (time.perf_counter() - start) / len(members)
@@ -217,7 +219,7 @@ class _Pruning:
         mask = select(target, self._scores(target, x), self.pattern)
         return mask, time.perf_counter() - start
 
-    def _scores(self, target: Target, x: Tensor | None) -> list[Score]:
+    def _scores(self, target: Target, x: Tensor | None, *, fused: bool = True) -> list[Score]:
         if x is not None and not torch.isfinite(x).all():
             raise ValueError(f"the inputs of {target.name} overflow on the calibration data")
         digest = hashlib.sha256(f"{self.seed} {target.name}".encode()).digest()
@@ -225,8 +227,11 @@ class _Pruning:
         parts = target.matrix().chunk(target.parts)
         xs = [None] * target.parts if x is None else list(x)
         gs = self._gradient_parts(target)
+        earlier = mask_of(target.module, target.param)
+        # Kernels select by the metric itself, unless scores are changed below.
+        fused = fused and by_kernel(target.weight) and earlier is None and not isinstance(self.pattern, Rows)
         try:
-            scores = [self.metric.score(w, x, g, generator) for w, x, g in zip(parts, xs, gs, strict=True)]
+            scores = [self.metric.score(w, x, g, generator, fused=fused) for w, x, g in zip(parts, xs, gs, strict=True)]
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
         by_norm = isinstance(self.pattern, Rows) and not scores[0].absolute
@@ -235,7 +240,6 @@ class _Pruning:
                 f"{target.name}: metric {self.metric} gives negative scores, and {self.pattern} ranks rows by the norm "
                 "of their scores"
             )
-        earlier = mask_of(target.module, target.param)
         if earlier is not None and not scores[0].absolute:  # weights pruned before are zero, and go first again
             kept = earlier.matrix(target.weight.device).chunk(target.parts)
             least = 0.0 if by_norm else -torch.inf

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trisparse.kernels.metric import compile_metric
 from trisparse.sparsity.metric.expression import Node, shape_problem
 from trisparse.sparsity.metric.fingerprint import fingerprint
 from trisparse.sparsity.metric.parser import parse
@@ -139,7 +140,9 @@ class Metric:
         """
         return hashlib.sha256(b"random").hexdigest() if self.root is None else fingerprint(simplify(self.root))
 
-    def score(self, weight: Tensor, x: Tensor | None, g: Tensor | None, generator: torch.Generator) -> Score:
+    def score(
+        self, weight: Tensor, x: Tensor | None, g: Tensor | None, generator: torch.Generator, *, fused: bool = False
+    ) -> Score:
         """What the selection kernels rank for one weight.
 
         |W|, W and |W| · X, however they are written, are ranked without forming the score; only rules that keep its
@@ -150,6 +153,7 @@ class Metric:
             x: [cols], the rms of each input; needed if the metric reads X.
             g: [rows, cols], the norm of each gradient; needed if it reads G.
             generator: a CPU generator, of random scores.
+            fused: leave any other metric to be computed inside the kernels, where they select by one.
 
         Raises:
             ValueError: an input is missing, of a wrong shape, not finite or negative, or a score is NaN.
@@ -164,6 +168,13 @@ class Metric:
             return Score(weight, absolute=root == _ABS_W)
         if root == Node("mul", (_ABS_W, _X)) and x is not None:
             return Score(weight, x)
+        if fused:
+            return Score(
+                weight,
+                x if "X" in root.inputs else None,
+                metric=compile_metric(root),
+                g=g if "G" in root.inputs else None,
+            )
         score = root.evaluate(weight, g, x)
         if bool(score.isnan().any()):
             raise ValueError(f"metric {self} gives NaN: a value overflows fp32 on the way")

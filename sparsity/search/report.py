@@ -161,7 +161,8 @@ def _opposing(history: SearchHistory) -> str:
     head = ("depth", *(f"trial {i + 1}" for i in range(len(next(iter(trials.values()))))), "mean", "deviation")
     text = "Share of trees that hold opposing operations (what OOS removes), over random trees of each depth:"
     seen = ", ".join(f"depth {d}: {c / n:.2f} of {n}" for d, (c, n) in opposing_in_log(history).items())
-    return f"## Opposing operations\n\n{text}\n\n{_table(head, rows)}\n\nOf the metrics that this search evaluated, as they were made: {seen}."
+    seen = f"Of the metrics that this search evaluated, as they were made: {seen}."
+    return f"## Opposing operations\n\n{text}\n\n{_table(head, rows)}\n\n{seen}"
 
 
 def _sensitivity(results: Mapping[str, Any], out: Path) -> str:
