@@ -244,8 +244,8 @@ class _Pruning:
             kept = earlier.matrix(target.weight.device).chunk(target.parts)
             least = 0.0 if by_norm else -torch.inf
             scores = [
-                replace(score, weight=score.weight.masked_fill(~part, least))
-                for score, part in zip(scores, kept, strict=True)
+                replace(score, weight=score.weight.masked_fill(~part & (w == 0), least))
+                for score, part, w in zip(scores, kept, parts, strict=True)
             ]
         return scores
 

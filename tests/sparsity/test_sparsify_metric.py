@@ -123,6 +123,16 @@ def test_pruned_weights_go_first_again_whatever_a_zero_scores(model_named, spars
         assert not (mask.matrix() & ~before[name]).any()
 
 
+def test_weights_that_were_put_back_are_ranked_like_all_others(model_named):
+    model, fresh = model_named("llama"), model_named("llama")
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run(model, "2:4")
+    model.load_state_dict(dense)
+    for one in (model, fresh):
+        run(one, "2:4", "-abs(W) * G", gradients=norms_of(one))
+    assert masks_sha256(model) == masks_sha256(fresh)
+
+
 def test_rows_refuse_negative_scores():
     model = linear([[1.0, -2], [3, 4]])
     with pytest.raises(

@@ -21,9 +21,19 @@ BY_HAND = {
     "pruner-zero": [[0, 16 / 4], [1 / 2, 4]],
     "gblm": [[3 * (100 + 4 * ROOT), 4 * (200 + ROOT / 4)], [300 + 4 * ROOT, 2 * (500 + ROOT / 4)]],
     "snip": [[3, 8], [3, 10]],
+    "searched-smollm2": [[math.sqrt(12) + 1 - 1, 1 + 4 - 2], [math.sqrt(4) + 9 - 3, math.sqrt(0.5) + 25 - 5]],
     "ria": [[(3 / 4 + 3 / 7) * 2, (4 / 6 + 4 / 7) / 2], [(1 / 4 + 1 / 3) * 2, (2 / 6 + 2 / 3) / 2]],
 }
-USES = {"magnitude": "", "wanda": "X", "pruner-zero": "G", "gblm": "GX", "snip": "G", "ria": "X", "random": ""}
+USES = {
+    "magnitude": "",
+    "wanda": "X",
+    "pruner-zero": "G",
+    "gblm": "GX",
+    "snip": "G",
+    "ria": "X",
+    "random": "",
+    "searched-smollm2": "GX",
+}
 
 
 def generator(seed=0):
@@ -169,7 +179,7 @@ def test_a_method_is_a_name_an_expression_a_file_or_a_metric(tmp_path):
         ("wandaa", "got 'wandaa'; did you mean 'wanda'?"),
         (
             "sparsegpt",
-            "method must be one of auto, magnitude, wanda, pruner-zero, gblm, snip, ria, random, an expression",
+            "method must be one of auto, magnitude, wanda, pruner-zero, gblm, snip, ria, searched-smollm2, random, an expression",
         ),
         ("abs(W", "method: expected ')' to close"),
         ("", "method: the expression is empty"),
