@@ -9,13 +9,29 @@ import pytest
 
 pytest.importorskip("triton")
 
+HERE = Path(__file__).parent
+FILES = ["test_triton.py", "test_triton_shapes.py", "test_metric_triton.py"]
 
-@pytest.mark.parametrize("name", ["test_triton.py", "test_triton_shapes.py", "test_metric_triton.py"])
-def test_kernels_interpreted(name):
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / name)]
+
+@pytest.fixture(scope="module")
+def running():
+    """One process for each file, all at once: the interpreter takes one core and most of the suite's time."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
-    assert "skipped" not in done.stdout.splitlines()[-1]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = {
+        name: subprocess.Popen([*command, str(HERE / name)], env=environment, cwd=HERE.parents[1], **pipes)
+        for name in FILES
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_interpreted(name, running):
+    printed, _ = running[name].communicate()
+    assert running[name].returncode == 0, printed[-7000:]
+    assert "passed" in printed
+    assert "skipped" not in printed.splitlines()[-1]
