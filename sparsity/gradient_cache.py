@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from trisparse.kernels.cache import cache_folder
 from trisparse.sparsity.capture import Batch
-from trisparse.sparsity.gradient_statistics import GradientStatistics
+from trisparse.sparsity.gradient_statistics import GradientFileError, GradientStatistics
 from trisparse.sparsity.gradients import Mode, gradient_norms, split_batch
 from trisparse.sparsity.hardware import bf16_is_fast
 from trisparse.sparsity.targets import Targets
@@ -45,15 +47,22 @@ def cached_gradient_norms(
 
     Raises:
         ValueError, BlocksNotChainedError: as ``gradient_norms``.
-        GradientFileError: the file in the cache is damaged; delete it.
     """
     folder = (cache_folder() if cache_dir is None else cache_dir) / "gradients"
     file = folder / f"{gradient_key(model, targets, batches, dtype, compute_dtype)}.safetensors"
-    if not file.exists():
-        return gradient_norms(
-            model, targets, batches, dtype=dtype, mode=mode, path=file, compute_dtype=compute_dtype, progress=progress
-        )
-    return GradientStatistics.load(file, targets.found)
+    try:
+        return GradientStatistics.load(file, targets.found)
+    except (FileNotFoundError, GradientFileError):  # a damaged file is written anew
+        path: Path | None = file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        warnings.warn(f"gradient norms are kept in memory: the cache cannot be written ({error})", stacklevel=2)
+        path = None
+    return gradient_norms(
+        model, targets, batches, dtype=dtype, mode=mode, path=path, compute_dtype=compute_dtype, progress=progress
+    )
 
 
 def gradient_key(

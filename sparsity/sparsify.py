@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,7 +206,7 @@ class _Pruning:
         for target in group:
             if statistics is not None and statistics.rms(target) is None:
                 reason = "no calibration input reached it"
-            elif self.gradients is not None and self.gradients.norm(target) is None:
+            elif self.gradients is not None and target.name in self.gradients.info.unreached:
                 reason = "no gradient reached it"
             else:
                 yield target
@@ -240,11 +239,12 @@ class _Pruning:
                 f"{target.name}: metric {self.metric} gives negative scores, and {self.pattern} ranks rows by the norm "
                 "of their scores"
             )
-        if earlier is not None and not scores[0].absolute:  # weights pruned before are zero, and go first again
+        # Weights pruned before are zero and go first again: before live ones that score zero, too, where an input is 0.
+        if earlier is not None and (not scores[0].absolute or scores[0].x is not None):
             kept = earlier.matrix(target.weight.device).chunk(target.parts)
             least = 0.0 if by_norm else -torch.inf
             scores = [
-                replace(score, weight=score.weight.masked_fill(~part & (w == 0), least))
+                Score(score.materialise().masked_fill(~part & (w == 0), least), absolute=False)
                 for score, part, w in zip(scores, kept, parts, strict=True)
             ]
         return scores
@@ -253,10 +253,7 @@ class _Pruning:
         norm = None if self.gradients is None else self.gradients.norm(target)
         if norm is None:
             return [None] * target.parts
-        shape = (target.weight.numel() // target.cols, target.cols)
-        if tuple(norm.shape) != shape:
-            raise ValueError(f"gradients of {target.name} have shape {tuple(norm.shape)}; they must be {shape}")
-        return list(norm.to(target.weight.device).chunk(target.parts))
+        return list(norm.chunk(target.parts))
 
     def _attach(self, target: Target, mask: Mask, seconds: float, note: str) -> None:
         attach(target.module, target.param, mask)
@@ -282,6 +279,9 @@ def _gradients(
 
     if isinstance(given, (str, PathLike)):
         return GradientStatistics.load(Path(given), targets.found)
+    if not isinstance(given, GradientStatistics):
+        raise ValueError(f"gradients must be GradientStatistics or a file of them, got {type(given).__name__}")
+    given.check(targets.found)
     return given
 
 

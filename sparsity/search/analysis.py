@@ -23,6 +23,8 @@ from trisparse.sparsity.search.log import LogError, Record
 from trisparse.sparsity.search.settings import SearchSettings
 from trisparse.sparsity.search.trees import random_tree
 
+_KINDS = ("header", "evaluation", "reference", "summary", "exhausted")
+
 
 @dataclass(frozen=True)
 class SearchHistory:
@@ -59,12 +61,15 @@ def read_history(path: str | Path) -> SearchHistory:
     records: list[Record] = []
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise LogError(f"{path}, line {number} is no JSON: {error}") from error
-    if not records or not isinstance(records[0], dict) or records[0].get("kind") != "header":
+        if not isinstance(record, dict) or record.get("kind") not in _KINDS:
+            raise LogError(f"{path}, line {number} is no record of a search")
+        records.append(record)
+    if not records or records[0]["kind"] != "header":
         raise LogError(f"{path} is no log of a search: its first line is no header")
-    kinds: dict[str, list[Record]] = {"evaluation": [], "reference": [], "summary": [], "exhausted": []}
+    kinds: dict[str, list[Record]] = {kind: [] for kind in _KINDS}
     for record in records[1:]:
         kinds[record["kind"]].append(record)
     return SearchHistory(records[0], kinds["evaluation"], kinds["reference"], bool(kinds["summary"]))

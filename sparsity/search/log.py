@@ -7,6 +7,7 @@ log is opened again, and so is the summary, which is written anew.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 Record = dict[str, Any]
 
 # A longer run continues a shorter one, and other versions are noted, not refused.
-_MAY_DIFFER = ("versions", "iterations")
+_MAY_DIFFER = ("versions", "iterations", "name")  # the model's hash stands beside its name
+
+
+_BEGINNING = b'{"kind": "header"'
 
 
 class LogError(RuntimeError):
@@ -36,7 +40,28 @@ class SearchLog:
         self.path = path
         self.records: list[Record] = []
         header = {"kind": "header", **json.loads(json.dumps(header))}
-        content = path.read_bytes() if path.is_file() else b""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise LogError(f"{path} is in use: another search runs in this folder") from error
+        try:
+            self._end = self._read(header)
+        except BaseException:
+            self._file.close()
+            raise
+        if not self._end:
+            self.append(header)
+
+    def _read(self, header: Record) -> int:
+        """Take in the records that are there; returns where the next one goes."""
+        path = self.path
+        self._file.seek(0)
+        content = self._file.read()
+        if content and b"\n" not in content and not content.startswith(_BEGINNING[: len(content)]):
+            raise LogError(f"{path} is no log of a search")
         whole = content[: content.rfind(b"\n") + 1]
         end = 0
         for number, line in enumerate(whole.splitlines(keepends=True), start=1):
@@ -44,6 +69,8 @@ class SearchLog:
                 record = json.loads(line)
             except ValueError as error:
                 raise LogError(f"{path}, line {number} is no JSON: {error}") from error
+            if not isinstance(record, dict) or "kind" not in record:
+                raise LogError(f"{path}, line {number} is no record of a search")
             if number == 1:
                 _check_header(path, record, header)
             elif record["kind"] == "summary":
@@ -51,18 +78,15 @@ class SearchLog:
             else:
                 self.records.append(record)
             end += len(line)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("r+b" if content else "wb")
-        self._file.truncate(end)
-        self._file.seek(end)
-        if not end:
-            self.append(header)
+        return end
 
     def append(self, record: Record) -> None:
         """Write one line; it is on the disk when this returns."""
         # NaN and infinity are no JSON: whoever writes them here has a defect.
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._file.truncate(self._end)  # a torn line or a summary goes only when there is something to write
+        self._file.write(line)
+        self._end += len(line)
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

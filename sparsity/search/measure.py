@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -72,17 +72,20 @@ def save_statistics(statistics: Statistics, path: Path, key: str) -> None:
 
 
 def load_statistics(path: Path, key: str) -> Statistics | None:
-    """The statistics in ``path``, or None if there is no such file or it was made with another key."""
+    """The statistics in ``path``, or None if there is no such file, it is damaged, or it was made with another key."""
     if not path.is_file():
         return None
     x: dict[str, Tensor] = {}
     g: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("key") != key:
-            return None
-        for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
-            kind, _, target = name.partition("/")
-            (x if kind == "x" else g)[target] = file.get_tensor(name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                kind, _, target = name.partition("/")
+                (x if kind == "x" else g)[target] = file.get_tensor(name)
+    except SafetensorError:  # damaged: measured again
+        return None
     return Statistics(x, g or None)
 
 

@@ -103,4 +103,4 @@ class Population:
                 )
             self.evaluations += 1
         self.pool.sort(key=lambda individual: (math.fsum(individual.segments), individual.number))
-        del self.pool[self.settings.population :]
+        del self.pool[max(self.settings.population, self.settings.top) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from trisparse.sparsity.batches import calibration_batches
 from trisparse.sparsity.data import token_windows
+from trisparse.sparsity.hardware import bf16_is_fast
+from trisparse.sparsity.mask import masks
 from trisparse.sparsity.metric import Metric
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.search.evaluator import compute_dtype
@@ -84,6 +87,8 @@ def search(
     out = Path(out)
     settings = settings or SearchSettings()
     given = [find_root(metric) for metric in settings.start_from]
+    if masks(model):
+        raise ValueError("model is pruned already: search on the dense model")
     targets = find_targets(model, include=include, exclude=exclude)
     batches = calibration_batches(
         model, calibration, tokenizer=tokenizer, samples=samples, seq_len=seq_len, seed=settings.seed
@@ -95,7 +100,8 @@ def search(
     with ExitStack() as stack:
         log = SearchLog(out / LOG_FILE, header)
         stack.callback(log.close)
-        key = " ".join((header["model"]["sha256"], header["data"]["calibration"], settings.inputs))
+        measured = json.dumps([header["model"]["targets"], settings.inputs, str(bf16_is_fast(text.device))])
+        key = " ".join((header["model"]["sha256"], header["data"]["calibration"], measured))
         statistics = load_statistics(out / STATISTICS_FILE, key)
         if statistics is None:
             statistics = measure(model, targets, batches, gradients="G" in settings.inputs, progress=progress)

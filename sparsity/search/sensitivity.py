@@ -47,6 +47,7 @@ def sensitivity(
     seq_len: int = 512,
     windows: int = 16,
     seed: int = 0,
+    include: str | Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Perplexity of ``metrics`` at each number of calibration sequences, and at each sparsity with the most of them.
@@ -61,6 +62,7 @@ def sensitivity(
         at: sparsity of the runs over ``samples``.
         seq_len, windows: tokens in a sequence or window, and windows that are measured.
         seed: of the choice of calibration sequences.
+        include: which weights are pruned, as in ``sparsify``.
         progress: show a progress bar.
 
     Returns:
@@ -70,7 +72,7 @@ def sensitivity(
     Raises:
         ValueError: an argument is wrong or the data are too short.
     """
-    targets = find_targets(model)
+    targets = find_targets(model, include=include)
     text = token_windows(evaluation, tokenizer=tokenizer, seq_len=seq_len, samples=windows)
     gradients = any("G" in root.inputs for root in metrics.values())
     result: dict[str, Any] = {

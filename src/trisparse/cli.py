@@ -287,7 +287,17 @@ def search_report(
         calibration = load_text(data, split="calibration")
         evaluation = load_text(eval_data or data, split="test" if eval_data is None else "validation")
         loaded, tokenizer, _ = _load(model)
-        found = sensitivity(loaded, metrics_to_compare(history), calibration, evaluation, tokenizer=tokenizer)
+        windows, seq_len = history.header["data"]["windows"]
+        found = sensitivity(
+            loaded,
+            metrics_to_compare(history),
+            calibration,
+            evaluation,
+            tokenizer=tokenizer,
+            seq_len=seq_len,
+            windows=windows,
+            include=history.header["model"]["targets"],
+        )
         out.mkdir(parents=True, exist_ok=True)
         measured.write_text(json.dumps(found, indent=1) + "\n")
     results = json.loads(measured.read_text()) if measured.is_file() else None

@@ -8,24 +8,22 @@ from torch import nn
 
 from trisparse import Metric, sparsify
 from trisparse.kernels.launch import Emulator, ptxsim, using
+from trisparse.sparsity.gradient_statistics import GradientInfo, GradientStatistics
 from trisparse.sparsity.mask import check_masks, masks, masks_sha256
 from trisparse.sparsity.metric import METRICS
 from trisparse.sparsity.targets import find_targets
 
 
-class Norms:
-    """Stands for measured gradients: a matrix for each target."""
-
-    def __init__(self, norms):
-        self.norms = norms
-
-    def norm(self, target):
-        return self.norms.get(target.name)
+def statistics_of(norms, unreached=None):
+    """Gradient norms as if they had been measured, and the shapes of weights that no gradient reached."""
+    shapes = {name: torch.Size(norm.shape) for name, norm in norms.items()} | (unreached or {})
+    info = GradientInfo("by hand", 1, 1, "float32", "float32", unreached=tuple(unreached or ()))
+    return GradientStatistics(norms, shapes, info)
 
 
 def norms_of(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return Norms({t.name: torch.rand(t.matrix().shape, generator=generator) for t in find_targets(model).found})
+    return statistics_of({t.name: torch.rand(t.matrix().shape, generator=generator) for t in find_targets(model).found})
 
 
 def run(model, *args, **options):
@@ -39,7 +37,7 @@ def linear(rows):
 
 
 def gradient_of(model, rows):
-    return Norms({t.name: torch.tensor(rows) for t in find_targets(model).found})
+    return statistics_of({t.name: torch.tensor(rows) for t in find_targets(model).found})
 
 
 def test_expression_by_hand():
@@ -97,10 +95,10 @@ def test_metrics_of_the_library_meet_the_budget(model_named, tokens, name, metho
 def test_fused_experts_get_their_own_gradients(model_named):
     model = model_named("mixtral")
     given = norms_of(model)
-    weights = {t.name: t.matrix().clone() for t in find_targets(model).found}
+    scores = {t.name: (t.matrix() * given.norm(t)).abs() for t in find_targets(model).found}
     run(model, "50%", "snip", gradients=given)
     for name, mask in masks(model).items():
-        score = (weights[name] * given.norms[name]).abs()
+        score = scores[name]
         kept = mask.matrix()
         assert (score.masked_fill(~kept, torch.inf).amin(1) >= score.masked_fill(kept, 0).amax(1)).all()
 
@@ -144,7 +142,9 @@ def test_rows_refuse_negative_scores():
 
 def test_a_layer_without_gradient_is_left_and_named():
     model = nn.Sequential(linear([[1.0, 2]]), linear([[3.0], [4]]))
-    report = run(model, 0.5, "snip", gradients=Norms({"0.weight": torch.ones(1, 2)}))
+    report = run(
+        model, 0.5, "snip", gradients=statistics_of({"0.weight": torch.ones(1, 2)}, {"1.weight": torch.Size([2, 1])})
+    )
     assert [row.name for row in report.targets] == ["0.weight"]
     assert {row.name: row.reason for row in report.skipped}["1.weight"] == "no gradient reached it"
 
@@ -152,7 +152,7 @@ def test_a_layer_without_gradient_is_left_and_named():
 @pytest.mark.parametrize(
     ("norm", "message"),
     [
-        (torch.ones(3, 2), r"gradients of weight have shape \(3, 2\); they must be \(2, 2\)"),
+        (torch.ones(3, 2), r"of another model: weight is \[2, 2\], theirs \[3, 2\]"),
         (torch.tensor([[1.0, 2], [3, float("inf")]]).half(), "weight: metric snip: .* G must be finite"),
         (torch.tensor([[1.0, 2], [3, float("nan")]]), "weight: metric snip: .* G must be finite"),
     ],
@@ -160,9 +160,33 @@ def test_a_layer_without_gradient_is_left_and_named():
 def test_broken_gradients_are_named(norm, message):
     model = linear([[1.0, 2], [3, 4]])
     with pytest.raises(ValueError, match=message):
-        run(model, 0.5, "snip", gradients=Norms({"weight": norm}))
+        run(model, 0.5, "snip", gradients=statistics_of({"weight": norm}))
     assert not masks(model)
     assert (model.weight != 0).all()
+
+
+@pytest.mark.parametrize("given", [{"weight": torch.ones(2, 2)}, torch.ones(2, 2)])
+def test_gradients_of_another_kind_are_refused(given):
+    model = linear([[1.0, 2], [3, 4]])
+    with pytest.raises(ValueError, match="gradients must be GradientStatistics or a file"):
+        run(model, 0.5, "snip", gradients=given)
+    assert not masks(model)
+
+
+def test_gradients_that_lack_a_layer_change_nothing(model_named):
+    model = model_named("llama")
+    some = {t.name: torch.ones(t.matrix().shape) for t in find_targets(model).found[:9]}
+    with pytest.raises(ValueError, match="another model or choice of layers"):
+        run(model, 0.5, "snip", gradients=statistics_of(some))
+    assert not masks(model)
+
+
+def test_weights_pruned_before_go_before_live_ones_whose_input_is_zero():
+    model = linear([[0.1, 5, 6, 7]])
+    run(model, "25%")
+    model.weight.data[0, 0] = 0
+    run(model, "25%", "wanda", [torch.tensor([[1.0, 0, 1, 1]])])
+    assert model.weight.data.tolist() == [[0, 5, 6, 7]]
 
 
 def test_overflow_names_metric_and_layer():
@@ -196,6 +220,21 @@ def test_gradients_are_measured_once_and_then_read_from_the_cache(model_named, t
     magnitude = model_named("llama")
     run(magnitude, "2:4", "magnitude")
     assert masks_sha256(first) != masks_sha256(magnitude)
+
+
+def test_a_damaged_or_unwritable_cache_is_no_obstacle(model_named, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRISPARSE_CACHE", str(tmp_path))
+    first, second, third = (model_named("llama") for _ in range(3))
+    run(first, "2:4", "snip", tokens, samples=2, seq_len=16)
+    (file,) = (tmp_path / "gradients").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    run(second, "2:4", "snip", tokens, samples=2, seq_len=16)
+    assert file.stat().st_size > 100
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRISPARSE_CACHE", str(tmp_path / "file" / "folder"))
+    with pytest.warns(UserWarning, match="kept in memory: the cache cannot be written"):
+        run(third, "2:4", "snip", tokens, samples=2, seq_len=16)
+    assert masks_sha256(first) == masks_sha256(second) == masks_sha256(third)
 
 
 def test_a_file_of_another_models_gradients_is_refused(model_named, tokens, tmp_path, monkeypatch):

@@ -23,8 +23,9 @@ def test_records_come_back(tmp_path):
     content = written(path, *records)
     log = SearchLog(path, HEADER)
     assert log.records == records
+    log.append({"kind": "reference"})
     log.close()
-    assert path.read_bytes() == content
+    assert path.read_bytes() == content + b'{"kind": "reference"}\n'
 
 
 def test_a_torn_last_line_is_dropped_and_written_over(tmp_path):
@@ -47,8 +48,9 @@ def test_the_summary_is_dropped(tmp_path):
     written(path, {"kind": "summary"})
     log = SearchLog(path, HEADER)
     assert log.records == [{"kind": "evaluation"}]
+    log.append({"kind": "reference"})
     log.close()
-    assert path.read_bytes() == content
+    assert path.read_bytes() == content + b'{"kind": "reference"}\n'
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,34 @@ def test_nan_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         log.append({"value": float("nan")})
     log.close()
+
+
+def test_a_log_in_use_is_refused(tmp_path):
+    log = SearchLog(tmp_path / "log.jsonl", {"a": 1})
+    with pytest.raises(LogError, match="in use: another search runs in this folder"):
+        SearchLog(tmp_path / "log.jsonl", {"a": 1})
+    log.close()
+    SearchLog(tmp_path / "log.jsonl", {"a": 1}).close()
+
+
+def test_a_foreign_file_is_left_as_it_is(tmp_path):
+    file = tmp_path / "log.jsonl"
+    for content in ("notes without an end", "notes\n", "[1]\n"):
+        file.write_text(content)
+        with pytest.raises(LogError):
+            SearchLog(file, {"a": 1})
+        assert file.read_text() == content
+
+
+def test_opening_a_finished_log_leaves_its_summary_until_something_is_written(tmp_path):
+    file = tmp_path / "log.jsonl"
+    log = SearchLog(file, {"a": 1})
+    log.append({"kind": "evaluation"})
+    log.append({"kind": "summary"})
+    log.close()
+    before = file.read_text()
+    log = SearchLog(file, {"a": 1})
+    assert file.read_text() == before
+    log.append({"kind": "evaluation", "b": 2})
+    log.close()
+    assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == ["header", *["evaluation"] * 2]
