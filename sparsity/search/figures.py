@@ -77,6 +77,8 @@ def draw_sensitivity(results: Mapping[str, Any], file: Path) -> None:
     axes[0].set_xscale("log", base=2)
     axes[0].set_xticks([row["value"] for row in results["samples"]], [str(r["value"]) for r in results["samples"]])
     axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("{x:g}")
     axes[1].legend(frameon=False, fontsize=8)
     _save(figure, file)
 
