@@ -222,3 +222,28 @@ def test_model_is_the_same_afterwards_and_the_library_is_not_changed(model, tmp_
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert known == METRICS
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_statistics_of_other_layers_or_damaged_ones_are_measured_again(searching, tmp_path):
+    options = {"population": 2, "iterations": 0, "top": 2}
+    searching(tmp_path / "fresh", **options)
+    searching(tmp_path / "reused", include="*layers.0*", **options)
+    for damage in (False, True):
+        (tmp_path / "reused" / "log.jsonl").unlink()
+        if damage:
+            (tmp_path / "reused" / "statistics.safetensors").write_bytes(b"torn")
+        searching(tmp_path / "reused", **options)
+        assert lines(tmp_path / "reused") == lines(tmp_path / "fresh")
+
+
+def test_a_population_below_the_tournament_races_all_the_same(searching, tmp_path):
+    result = searching(tmp_path, population=3, iterations=60, top=4)
+    assert len(result.best) == 4
+    assert result.counts.get("paired", 0) + result.counts.get("total", 0) > 0
+
+
+def test_a_pruned_model_is_refused_before_anything_is_measured(model, tmp_path):
+    sparsify(model, "2:4", progress=False)
+    with pytest.raises(ValueError, match="model is pruned already"):
+        search(model, torch.zeros(4, 64).long(), torch.zeros(4, 64).long(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
