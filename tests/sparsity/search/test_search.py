@@ -236,10 +236,9 @@ def test_statistics_of_other_layers_or_damaged_ones_are_measured_again(searching
         assert lines(tmp_path / "reused") == lines(tmp_path / "fresh")
 
 
-def test_a_population_below_the_tournament_races_all_the_same(searching, tmp_path):
-    result = searching(tmp_path, population=3, iterations=60, top=4)
-    assert len(result.best) == 4
-    assert result.counts.get("paired", 0) + result.counts.get("total", 0) > 0
+def test_a_population_below_the_tournament_still_fills_it(searching, tmp_path):
+    result = searching(tmp_path, population=3, iterations=12, top=4)
+    assert len(result.best) == 4  # else there is no tenth best to race against
 
 
 def test_a_pruned_model_is_refused_before_anything_is_measured(model, tmp_path):
