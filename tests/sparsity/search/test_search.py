@@ -238,7 +238,7 @@ def test_statistics_of_other_layers_or_damaged_ones_are_measured_again(searching
 
 def test_a_population_below_the_tournament_still_fills_it(searching, tmp_path):
     result = searching(tmp_path, population=3, iterations=12, top=4)
-    assert len(result.best) == 4  # else there is no tenth best to race against
+    assert len(result.best) == 4  # else there is nothing to race against
 
 
 def test_a_pruned_model_is_refused_before_anything_is_measured(model, tmp_path):
