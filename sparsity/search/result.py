@@ -22,7 +22,7 @@ class SearchResult:
         full_tokens: what they would have taken without racing.
         counts: how evaluations ended and why trees were skipped (see ``Population``).
         finished: False if the time limit came first; the same call goes on.
-        seconds: of the evaluations, over all sessions.
+        seconds: of the evaluations, over all runs.
         log: the log file.
     """
 
