@@ -26,7 +26,7 @@ def running():
     yield processes
     for process in processes.values():
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @pytest.mark.parametrize("name", FILES)
