@@ -11,13 +11,9 @@ import json
 from pathlib import Path
 
 from trisparse.bench.demo import FULL
-from trisparse.bench.smollm2 import load_smollm2
+from trisparse.bench.perplexity_curve import PrunedSmolLM2
 from trisparse.env import environment
-from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.metric import METRICS
-from trisparse.sparsity.perplexity import perplexity
-from trisparse.sparsity.sparsify import sparsify
-from trisparse.sparsity.text import pydoc_text
 
 RESULTS = Path("bench/results/metric_comparison.json")
 PATTERNS = ("50%", "4:8", "2:4")
@@ -25,35 +21,21 @@ PATTERNS = ("50%", "4:8", "2:4")
 
 def main() -> None:
     """Measure, print and write."""
-    model, tokenizer = load_smollm2()
-    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    test = token_windows(pydoc_text("test"), tokenizer=tokenizer, seq_len=FULL.seq_len, samples=FULL.test)
+    smollm2 = PrunedSmolLM2()
     rows = []
     print(f"{'metric':20} {'pattern':7} {'perplexity':>10}  expression")
     for name, metric in METRICS.items():
         if name == "random":
             continue
         for pattern in PATTERNS:
-            model.load_state_dict(original)
-            sparsify(
-                model,
-                pattern,
-                name,
-                pydoc_text("calibration"),
-                tokenizer=tokenizer,
-                samples=FULL.calibration,
-                seq_len=FULL.seq_len,
-                progress=False,
-            )
-            value = perplexity(model, test, seq_len=FULL.seq_len)
+            _, value = smollm2.pruned(name, pattern)
             rows.append({"metric": name, "expression": metric.infix, "pattern": pattern, "perplexity": value})
             print(f"{name:20} {pattern:7} {value:10.3f}  {metric.infix}", flush=True)
-    model.load_state_dict(original)
     results = {
         "command": "python -m trisparse.bench.metric_comparison",
         "calibration": f"{FULL.calibration} sequences of {FULL.seq_len} tokens, block by block",
-        "test_tokens": test.numel(),
-        "dense": perplexity(model, test, seq_len=FULL.seq_len),
+        "test_tokens": smollm2.test_tokens,
+        "dense": smollm2.dense(),
         "rows": rows,
         "environment": environment(),
     }

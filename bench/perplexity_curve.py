@@ -27,33 +27,55 @@ PATTERNS = ("2:4", "4:8")
 METHODS = ("magnitude", "wanda")
 
 
+class PrunedSmolLM2:
+    """Prunes SmolLM2 anew each time, and measures it on the test split, with the demo's data.
+
+    Attributes:
+        test_tokens: that perplexity is measured on.
+    """
+
+    def __init__(self) -> None:
+        self._model, self._tokenizer = load_smollm2()
+        self._dense = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        self._test = token_windows(
+            pydoc_text("test"), tokenizer=self._tokenizer, seq_len=FULL.seq_len, samples=FULL.test
+        )
+        self.test_tokens = self._test.numel()
+
+    def dense(self) -> float:
+        """Perplexity of the dense model."""
+        self._model.load_state_dict(self._dense)
+        return perplexity(self._model, self._test, seq_len=FULL.seq_len)
+
+    def pruned(self, method: str, pattern: str) -> tuple[float, float]:
+        """(sparsity, perplexity) of the model pruned by ``method``."""
+        self._model.load_state_dict(self._dense)
+        report = sparsify(
+            self._model,
+            pattern,
+            method,
+            pydoc_text("calibration"),
+            tokenizer=self._tokenizer,
+            samples=FULL.calibration,
+            seq_len=FULL.seq_len,
+            progress=False,
+        )
+        return report.sparsity, perplexity(self._model, self._test, seq_len=FULL.seq_len)
+
+
 def measure() -> dict[str, Any]:
-    """Perplexity of the dense model and of each method at each sparsity, with the demo's data."""
-    model, tokenizer = load_smollm2()
-    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    test = token_windows(pydoc_text("test"), tokenizer=tokenizer, seq_len=FULL.seq_len, samples=FULL.test)
+    """Perplexity of the dense model and of each method at each sparsity."""
+    smollm2 = PrunedSmolLM2()
     rows = []
     for method in METHODS:
-        for sparsity in (*SPARSITIES, *PATTERNS):
-            model.load_state_dict(original)
-            report = sparsify(
-                model,
-                sparsity,
-                method,
-                pydoc_text("calibration"),
-                tokenizer=tokenizer,
-                samples=FULL.calibration,
-                seq_len=FULL.seq_len,
-                progress=False,
-            )
-            value = perplexity(model, test, seq_len=FULL.seq_len)
-            rows.append({"method": method, "pattern": sparsity, "sparsity": report.sparsity, "perplexity": value})
-            print(f"{method:10} {sparsity:4} {value:10.2f}", flush=True)
-    model.load_state_dict(original)
+        for pattern in (*SPARSITIES, *PATTERNS):
+            sparsity, value = smollm2.pruned(method, pattern)
+            rows.append({"method": method, "pattern": pattern, "sparsity": sparsity, "perplexity": value})
+            print(f"{method:10} {pattern:4} {value:10.2f}", flush=True)
     return {
         "command": "python -m trisparse.bench.perplexity_curve",
-        "test_tokens": test.numel(),
-        "dense": perplexity(model, test, seq_len=FULL.seq_len),
+        "test_tokens": smollm2.test_tokens,
+        "dense": smollm2.dense(),
         "rows": rows,
         "environment": environment(),
     }
