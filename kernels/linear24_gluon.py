@@ -198,7 +198,7 @@ def linear24_kernel(
         XU: gl.constexpr = _x_words(TOKENS, K_WARPS, 1, ROW_WARPS * TOKEN_WARPS)
         AU: gl.constexpr = _lora_words(RANK, K_WARPS, ROW_WARPS * TOKEN_WARPS)
         lora_row = gl.arange(0, RANK, gl.SliceLayout(1, COPY))[:, None]
-        lora_tile = lora_a_ptr + gl.minimum(lora_row, rank - 1) * cols + column
+        lora_tile = lora_a_ptr + lora_row * cols + column
         lora_shared = gl.allocate_shared_memory(dtype, [STAGES, RANK, COLS], SWIZZLED)
         lora_words = lora_shared._reinterpret(gl.int32, [STAGES, RANK, COLS // 2], WORDS)
         u = gl.zeros([K_WARPS, RANK // 16, TILES, 32, 4], gl.float32, LU)
@@ -207,7 +207,7 @@ def linear24_kernel(
         live = (start + stage) * COLS + column < gl.minimum(stop * COLS, cols)
         async_copy.async_load(x_shared.index(stage), x_tile + (start + stage) * COLS, mask=live)
         if RANK:
-            async_copy.async_load(lora_shared.index(stage), lora_tile + (start + stage) * COLS, mask=live)
+            async_copy.async_load(lora_shared.index(stage), lora_tile + (start + stage) * COLS, mask=live & (lora_row < rank))
         async_copy.commit_group()
     unit = start * K_WARPS + kw
     first = _load(values_ptr + a_offset + unit * 256, unit, units, start < stop, 0, TAIL)
@@ -222,7 +222,7 @@ def linear24_kernel(
         live = ahead * COLS + column < gl.minimum(stop * COLS, cols)
         async_copy.async_load(x_shared.index(slot), x_tile + ahead * COLS, mask=live)
         if RANK:
-            async_copy.async_load(lora_shared.index(slot), lora_tile + ahead * COLS, mask=live)
+            async_copy.async_load(lora_shared.index(slot), lora_tile + ahead * COLS, mask=live & (lora_row < rank))
         async_copy.commit_group()
 
         slot = (stage - start) % STAGES
