@@ -20,9 +20,9 @@ its registers side by side. It takes as many bytes. Rows are a multiple of 16, c
       meta[i, u, lane, p] = words[16 i + g + 8 p, 4 u + t]
 
   As one int32, bits 4 q .. 4 q + 3 are the group of four columns 64 u + 16 t + 4 q of row 16 i + g, and bits
-  16 + 4 q .. the same of row 16 i + g + 8: two bits are the place of the first kept weight, two of the second. Lanes with
-  t = 0, 1 hold the metadata of tile s = 2 u and lanes with t = 2, 3 that of 2 u + 1, which mma.sp's sparsity selector
-  tells apart; so all lanes load one word for two steps.
+  16 + 4 q .. the same of row 16 i + g + 8: two bits are the place of the first kept weight, the next two of the second.
+  Lanes with t = 0, 1 hold the metadata of tile s = 2 u and lanes with t = 2, 3 that of 2 u + 1, which mma.sp's sparsity
+  selector tells apart; so all lanes load one word for two steps.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def pack24(values: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
     """
     if values.dtype not in DTYPES:
         raise ValueError(f"values is {values.dtype}; the sparse tensor cores are used in bf16 and fp16")
-    if values.dim() != 2 or values.shape[0] % 16 or values.shape[1] % 32:
+    if values.dim() != 2 or values.shape[0] % 16 or values.shape[1] % 32 or not values.numel():
         raise ValueError(
             f"values is {list(values.shape)}; it must be [rows, cols / 2] with rows a multiple of 16 and cols of 64"
         )
@@ -159,7 +159,8 @@ def linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None
 
 def _check_packed(values: Tensor, meta: Tensor) -> tuple[int, int]:
     """(rows, cols) of a packed weight."""
-    if values.dtype not in DTYPES or values.dim() != 4 or values.shape[2:] != (32, 8) or values.shape[1] % 2:
+    tiled = values.dim() == 4 and values.shape[2:] == (32, 8) and values.shape[1] % 2 == 0 and values.numel() > 0
+    if values.dtype not in DTYPES or not tiled:
         raise ValueError(
             f"values is {values.dtype} {list(values.shape)}; pack24 gives bf16 or fp16 [rows / 16, cols / 32, 32, 8] "
             "with cols a multiple of 64"
@@ -232,19 +233,19 @@ def config(rows: int, cols: int, tokens: int, rank: int, cc: int) -> Config:
     if tokens <= 64:
         tile = min(max(_power_of_two(tokens), 8), 1024 // max(padded, 16))
         tiles = -(-tokens // tile)
-        narrow = tile <= 16 and rows // 32 * tiles < 2 * sms
+        narrow = not rank and tile <= 16 and rows // 32 * tiles < 2 * sms
         tile_rows = 16 if narrow else 32
         k_warps = 4 if padded <= 32 else 2  # A of a high rank takes the shared memory of so many columns
         ctas = -(-rows // tile_rows) * tiles
         stages_of_k = -(-cols // (64 * k_warps))
-        splits = min(-(-2 * sms // max(ctas, 1)), stages_of_k // 4, cols // (28 * max(tokens, 1)))
+        splits = min(2 * sms // max(ctas, 1), stages_of_k // 4, cols // (28 * max(tokens, 1)))
         return Config(tile_rows, tile, k_warps, 1, 1, max(splits, 1), 3 if tile <= 16 and padded <= 16 else 2)
     candidates = {
         0: [(256, 128, 4, 2), (256, 64, 4, 1), (128, 64, 2, 2)],
         16: [(256, 64, 4, 1), (128, 64, 2, 2)],
         32: [(256, 32, 4, 1), (128, 64, 2, 2)],
         64: [(256, 32, 4, 1), (128, 64, 2, 2)],
-        128: [(128, 32, 4, 1)],
+        128: [(256, 32, 8, 1), (128, 64, 4, 2)],
     }[padded]
 
     def cost(tile: tuple[int, int, int, int]) -> float:

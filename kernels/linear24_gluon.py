@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
-"""Gluon kernels of the 2:4 product on sparse tensor cores; the operation and the packed form are in kernels/linear24.py.
+# ruff: noqa: SIM108 (the forms that Triton compiles)
+"""Gluon kernels of the 2:4 product on sparse tensor cores; the operation and its format are in kernels/linear24.py.
 
 y = x W^T is computed as (W x^T)^T, since the sparse operand of mma.sp is the left one. W's tile of 16 rows and 32
 columns is one 16-byte load a lane, straight from global memory into the registers of the mma; a tile of x goes
@@ -62,7 +63,7 @@ def _fragments(k_warps, row_warps, token_warps):
 
 @gluon.constexpr_function
 def _x_words(tokens, k_warps, row_warps, token_warps):
-    """[tokens, 32 * k_warps] int32, pairs of x, as the mma wants them: the lane (g, t) holds pairs 4r + t of token g."""
+    """[tokens, 32 * k_warps] int32, pairs of x, as the mma wants them: lane (g, t) holds pairs 4r + t of token g."""
     tiles = tokens // 8
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
     warps = [[8 << i if token_warps <= tiles or 2 << i <= tiles else 0, 0] for i in _bits(token_warps)]
@@ -123,12 +124,21 @@ def _rows_by_tokens(acc, ROWS: gl.constexpr, TOKENS: gl.constexpr):
 
 
 @gluon.jit
-def _load(ptr, unit, units, live, zero: gl.constexpr, TAIL: gl.constexpr):
-    """Words of W or its metadata for a unit; `zero` past the last unit, and nothing is read if not live."""
+def _load_step(tile, unit, units, step: gl.constexpr, live, TAIL: gl.constexpr):
+    """Weights of one of a unit's two steps; zero past the last unit, and nothing is read if not live."""
+    mask = live
+    if TAIL:
+        mask = mask & (unit < units)[:, :, :, :, None]
+    return gl.load(tile + (unit * 256 + step * 128)[:, :, :, :, None], mask=mask, other=0)
+
+
+@gluon.jit
+def _load_meta(tile, unit, units, live, TAIL: gl.constexpr):
+    """Metadata of a unit, valid past the last one, too."""
     mask = live
     if TAIL:
         mask = mask & (unit < units)
-    return gl.load(ptr, mask=mask, other=zero)
+    return gl.load(tile + unit * 32, mask=mask, other=NO_META)
 
 
 @gluon.jit
@@ -173,13 +183,13 @@ def linear24_kernel(
 
     # W: 16-byte loads; past the last row the last tile is computed again, and dropped at the store
     units = cols // UNIT
-    kw = gl.arange(0, K_WARPS, _along(L, 0))[:, None, None, None, None]
-    i = gl.arange(0, ROW_TILES, _along(L, 1))[None, :, None, None, None]
-    lane = gl.arange(0, 32, _along(L, 3))[None, None, None, :, None]
+    kw = gl.arange(0, K_WARPS, _along(L, 0))[:, None, None, None]
+    i = gl.arange(0, ROW_TILES, _along(L, 1))[None, :, None, None]
+    lane = gl.arange(0, 32, _along(L, 3))[None, None, None, :]
     r = gl.arange(0, 4, _along(L, 4))[None, None, None, None, :]
     tile = gl.minimum(gl.program_id(1) * ROW_TILES + i, rows // 16 - 1)
-    a_offset = tile * (cols * 4) + lane * 4 + r
-    m_offset = tile * (cols // 2) + lane
+    values_tile = values_ptr + (tile * (cols * 4) + lane * 4)[:, :, :, :, None] + r
+    meta_tile = meta_ptr + (tile * (cols // 2) + lane)  # without the registers: one load for the four
 
     # x: past the last token the last one is computed again, and dropped at the store
     stages = gl.cdiv(units, K_WARPS)
@@ -207,13 +217,14 @@ def linear24_kernel(
         live = (start + stage) * COLS + column < gl.minimum(stop * COLS, cols)
         async_copy.async_load(x_shared.index(stage), x_tile + (start + stage) * COLS, mask=live)
         if RANK:
-            async_copy.async_load(lora_shared.index(stage), lora_tile + (start + stage) * COLS, mask=live & (lora_row < rank))
+            lora_live = live & (lora_row < rank)
+            async_copy.async_load(lora_shared.index(stage), lora_tile + (start + stage) * COLS, mask=lora_live)
         async_copy.commit_group()
     unit = start * K_WARPS + kw
-    first = _load(values_ptr + a_offset + unit * 256, unit, units, start < stop, 0, TAIL)
-    meta = _load(meta_ptr + m_offset + unit * 32, unit, units, start < stop, NO_META, TAIL)
+    first = _load_step(values_tile, unit, units, 0, start < stop, TAIL)
+    meta = _load_meta(meta_tile, unit, units, start < stop, TAIL)
     if K_WARPS > 1:
-        second = _load(values_ptr + a_offset + unit * 256 + 128, unit, units, start < stop, 0, TAIL)
+        second = _load_step(values_tile, unit, units, 1, start < stop, TAIL)
 
     for stage in range(start, stop):
         async_copy.wait_group(STAGES - 2)
@@ -226,16 +237,16 @@ def linear24_kernel(
         async_copy.commit_group()
 
         slot = (stage - start) % STAGES
-        a0, m = first, meta
+        a0, m = first, meta[:, :, :, :, None]
         if K_WARPS > 1:
             a1 = second
-        else:  # the next tile's second step is loaded when its turn comes: 16 registers fewer, half a stage ahead
-            a1 = gl.load(values_ptr + a_offset + (stage * 256 + 128))
+        else:  # the second step is loaded when its stage comes: 16 registers fewer, and still half a stage ahead
+            a1 = _load_step(values_tile, stage + kw, units, 1, True, False)
         unit = (stage + 1) * K_WARPS + kw
-        first = _load(values_ptr + a_offset + unit * 256, unit, units, stage + 1 < stop, 0, TAIL)
-        meta = _load(meta_ptr + m_offset + unit * 32, unit, units, stage + 1 < stop, NO_META, TAIL)
+        first = _load_step(values_tile, unit, units, 0, stage + 1 < stop, TAIL)
+        meta = _load_meta(meta_tile, unit, units, stage + 1 < stop, TAIL)
         if K_WARPS > 1:
-            second = _load(values_ptr + a_offset + unit * 256 + 128, unit, units, stage + 1 < stop, 0, TAIL)
+            second = _load_step(values_tile, unit, units, 1, stage + 1 < stop, TAIL)
         b0, b1 = _units(x_words.index(slot).load(X), TILES, K_WARPS, L)
         acc = gl.inline_asm_elementwise(SPARSE_0, SPARSE_REGISTERS, [a0, b0, acc, m], gl.float32, True, 4)
         acc = gl.inline_asm_elementwise(SPARSE_1, SPARSE_REGISTERS, [a1, b1, acc, m], gl.float32, True, 4)

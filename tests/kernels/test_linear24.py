@@ -135,6 +135,7 @@ def test_bad_input_is_named():
     cases = [
         (lambda: pack24(values.float(), meta), r"values is torch.float32"),
         (lambda: pack24(values[:24], meta[:24]), r"values is \[24, 64\].*multiple of 16"),
+        (lambda: pack24(values[:0], meta[:0]), r"values is \[0, 64\]"),
         (lambda: pack24(values[:, :48], meta), r"values is \[32, 48\]"),
         (lambda: pack24(values, meta[:, :4]), r"meta is torch.int16 \[32, 4\]; it must be int16 \[32, 8\]"),
         (lambda: pack24(values, meta.int()), r"meta is torch.int32"),
