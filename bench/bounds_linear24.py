@@ -97,8 +97,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     results = []
-    columns = ("bound_us", "dense_us", "bound_over_dense", "dram_over_compressed", "tensor_us", "shared_us", "dram_us")
-    columns = (*columns, "issue_us", "l1_us", "l2_us", "registers")
+    columns = ["bound_us", "dense_us", "bound_over_dense", "dram_over_compressed", "tensor_us", "shared_us", "dram_us"]
+    columns += ["issue_us", "l1_us", "l2_us", "registers"]
     print(f"{'shape':>11} {'tokens':>6} {'rank':>4} {'binding':>7}", *(name.split("_")[0].rjust(8) for name in columns))
     for rows, cols in SHAPES:
         for tokens in TOKENS:
