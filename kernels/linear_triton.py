@@ -1,0 +1,401 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
+# ruff: noqa: SIM108 (the form that Triton compiles)
+"""Triton kernels of a linear layer with a compressed weight; the operation is in kernels/linear.py.
+
+One kernel computes both products, with the weight decompressed tile by tile on chip:
+
+    forward:   y  [tokens, rows] = x  W^T + bias + scale (x A^T) B^T      contracts over W's columns
+    backward:  dx [tokens, cols] = dy W          + scale (dy B) A         contracts over W's rows
+
+With many tokens the low-rank product rides in the same loop: its first factor's tile meets the tile of x (or dy)
+that is there anyway, and one small product follows at the end. With few tokens the contraction is cut in parts, which
+write fp32 partial sums; `reduce_kernel` adds them in order, so that the result does not depend on what runs when.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trisparse.kernels.compressed import CompressedWeight
+from trisparse.kernels.launch import launch
+from trisparse.kernels.linear_config import Config
+
+
+@triton.jit
+def popcount(word):
+    """How many bits of uint32 words are set. LLVM recognises this form and makes it one instruction, popc."""
+    v = word - ((word >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F
+    return ((v * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _words(meta_ptr, row, index, cols, WORDS: tl.constexpr):
+    """uint32 words `index` (of 32 columns) of packed rows; 0 outside of the row. row and index broadcast."""
+    if WORDS:  # rows of whole, aligned words
+        inside = (index >= 0) & (index < cols // 32)
+        word = tl.load(meta_ptr.to(tl.pointer_type(tl.uint32)) + row * (cols // 32) + index, mask=inside, other=0)
+    else:
+        row_bytes = (cols + 7) // 8
+        word = tl.zeros_like(row * 0 + index).to(tl.uint32)
+        for b in tl.static_range(4):
+            at = index * 4 + b
+            byte = tl.load(meta_ptr + row * row_bytes + at, mask=(at >= 0) & (at < row_bytes), other=0)
+            word |= byte.to(tl.uint32) << (8 * b)
+    return word
+
+
+@triton.jit
+def _tile_2_4(values_ptr, meta_ptr, row, col, cols, R: tl.constexpr, C: tl.constexpr):
+    """The dense tile of 2:4: a thread expands whole groups, so that nothing leaves its registers."""
+    i = col // 2 + tl.arange(0, C // 2)
+    v = tl.load(values_ptr + row[:, None] * (cols // 2) + i[None, :], mask=(i < cols // 2)[None, :], other=0.0)
+    j = col // 16 + tl.arange(0, C // 16)
+    word = tl.load(meta_ptr + row[:, None] * (cols // 16) + j[None, :], mask=(j < cols // 16)[None, :], other=0)
+    nibble = tl.reshape(word.to(tl.int32)[:, :, None] >> (4 * tl.arange(0, 4))[None, None, :], [R, C // 4])
+    i0, i1 = nibble & 3, (nibble >> 2) & 3
+    v0, v1 = tl.split(tl.reshape(v, [R, C // 4, 2]))
+    zero = tl.zeros_like(v0)
+    d0 = tl.where(i0 == 0, v0, zero)
+    d1 = tl.where(i0 == 1, v0, tl.where(i1 == 1, v1, zero))
+    d2 = tl.where(i0 == 2, v0, tl.where(i1 == 2, v1, zero))
+    d3 = tl.where(i1 == 3, v1, zero)
+    return tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), [R, C])
+
+
+@triton.jit
+def _tile_masked(values_ptr, meta_ptr, row, col, cols, R: tl.constexpr, C: tl.constexpr):
+    i = col + tl.arange(0, C)
+    v = tl.load(values_ptr + row[:, None] * cols + i[None, :], mask=(i < cols)[None, :], other=0.0)
+    row_bytes = (cols + 7) // 8
+    j = col // 8 + tl.arange(0, C // 8)
+    byte = tl.load(meta_ptr + row[:, None] * row_bytes + j[None, :], mask=(j < row_bytes)[None, :], other=0)
+    bit = (byte.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.where(tl.reshape(bit, [R, C]) != 0, v, tl.zeros_like(v))
+
+
+@triton.jit
+def _tile_ranked(
+    values_ptr, meta_ptr, row_offset_ptr, tile_offset_ptr, row, col, cols,
+    FORMAT: tl.constexpr, N: tl.constexpr, M: tl.constexpr, WORDS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The dense tile of "n:m" or "bitmask".
+
+    A kept weight lies as far behind the first of its tile as there are bits set between them: those of the words
+    before, and those below its own bit.
+    """
+    if FORMAT == "bitmask":
+        tiles = (cols + 127) // 128
+        rank = tl.load(tile_offset_ptr + row * tiles + col // 128).to(tl.int32)
+        if tile_offset_ptr.dtype.element_ty == tl.int16:
+            rank = rank & 0xFFFF  # stored unsigned
+        if C % 128 != 0:  # the tile may begin inside of the 128 columns
+            before = col // 128 * 4 + tl.arange(0, 4)
+            inner = _words(meta_ptr, row[:, None], before[None, :], cols, WORDS)
+            rank += tl.sum(tl.where((before < col // 32)[None, :], popcount(inner), 0), 1)
+        base = tl.load(row_offset_ptr + row)
+    else:
+        base = row * (cols // M * N)
+        rank = col // M * N + tl.zeros([R], tl.int32)
+        if C % M != 0:  # a group, at most 32 columns, may reach into the tile from the left
+            left = col % M
+            word = _words(meta_ptr, row, col // 32 - 1, cols, WORDS)
+            rank += tl.where(left != 0, popcount(word >> (32 - tl.maximum(left, 1)).to(tl.uint32)), 0)
+    words = _words(meta_ptr, row[:, None], (col // 32 + tl.arange(0, C // 32))[None, :], cols, WORDS)
+    count = popcount(words)
+    rank = rank[:, None] + tl.cumsum(count, 1) - count
+    # A thread takes four neighbouring columns, so that it counts once, and a warp reads one row's values.
+    shift = (4 * tl.arange(0, 8)).to(tl.uint32)[None, None, :]
+    rank = tl.reshape(rank[:, :, None] + popcount(words[:, :, None] & ((1 << shift) - 1)), [R, C // 4])
+    nibble = tl.reshape((words[:, :, None] >> shift).to(tl.int32), [R, C // 4])
+    at = (values_ptr + base)[:, None] + rank
+    k0, k1, k2, k3 = nibble & 1, (nibble >> 1) & 1, (nibble >> 2) & 1, (nibble >> 3) & 1
+    d0 = tl.load(at, mask=k0 != 0, other=0.0)
+    d1 = tl.load(at + k0, mask=k1 != 0, other=0.0)
+    d2 = tl.load(at + (k0 + k1), mask=k2 != 0, other=0.0)
+    d3 = tl.load(at + (k0 + k1 + k2), mask=k3 != 0, other=0.0)
+    return tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), [R, C])
+
+
+@triton.jit
+def _tile(
+    values_ptr,  # the values of a CompressedWeight
+    meta_ptr,  # its meta
+    row_offset_ptr,  # int64 [rows + 1], "bitmask" only
+    tile_offset_ptr,  # int16 or int32 [rows, ceil(cols / 128)], "bitmask" only
+    row,  # [R] int64, each a row that exists
+    col,  # the first column, a multiple of C
+    cols,
+    FORMAT: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    WORDS: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """The dense tile [R, C] at (row, col), 0 beyond the last column."""
+    if FORMAT == "2:4":
+        w = _tile_2_4(values_ptr, meta_ptr, row, col, cols, R, C)
+    elif FORMAT == "masked":
+        w = _tile_masked(values_ptr, meta_ptr, row, col, cols, R, C)
+    else:
+        w = _tile_ranked(
+            values_ptr, meta_ptr, row_offset_ptr, tile_offset_ptr, row, col, cols, FORMAT, N, M, WORDS, R, C
+        )
+    return w
+
+
+@triton.jit
+def _factor(ptr, r, i, rank, size, stride_r, stride_i):
+    """The tile [rank, i] of a low-rank factor, 0 outside of it."""
+    mask = (r < rank)[:, None] & (i < size)[None, :]
+    return tl.load(ptr + r[:, None] * stride_r + i[None, :] * stride_i, mask=mask, other=0.0)
+
+
+@triton.jit
+def product_kernel(
+    x_ptr,  # [tokens, inner], rows stride_x apart: x, or dy with BACKWARD
+    values_ptr,  # the tensors of W [rows, cols]
+    meta_ptr,
+    row_offset_ptr,
+    tile_offset_ptr,
+    bias_ptr,  # [outer] or None
+    first_ptr,  # the low-rank factor at the contraction, [rank, inner], or None
+    second_ptr,  # the other low-rank factor, [rank, outer]
+    y_ptr,  # [tokens, outer]; PARTIAL: fp32 [SPLITS, tokens, outer + rank], the rank's columns last
+    low_ptr,  # [tokens, rank]: x A^T or dy B; None without LORA
+    scale,
+    tokens,
+    rows,
+    cols,
+    rank,
+    stride_x,
+    stride_fr,  # strides of the factors, along rank and along inner or outer
+    stride_fi,
+    stride_sr,
+    stride_so,
+    FORMAT: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    WORDS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    LORA: tl.constexpr,
+    TOKENS: tl.constexpr,  # the tile is TOKENS x OUTER, INNER at a time
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of the output, or its partial sum over one part of the contraction.
+
+    PARTIAL leaves the low-rank product's second half to `reduce_kernel`, and its first half to programs of their
+    own, the last ones: with few tokens every program would read more of the factor than of the weight.
+    """
+    if BACKWARD:
+        outer, inner = cols, rows
+    else:
+        outer, inner = rows, cols
+    tiles_t, tiles_o = tl.cdiv(tokens, TOKENS), tl.cdiv(outer, OUTER)
+    program = tl.program_id(0)
+    split = program // (tiles_t * tiles_o)
+    tile = program % (tiles_t * tiles_o)
+    # Programs that run together share tiles of x and of W: GROUP tiles of tokens by as many of the output.
+    group = tile // (GROUP * tiles_o) * GROUP
+    height = tl.minimum(tiles_t - group, GROUP)
+    tile_t = group + tile % (GROUP * tiles_o) % height
+    tile_o = tile % (GROUP * tiles_o) // height
+    only_low = split >= SPLITS
+    if only_low:
+        split = (program - SPLITS * tiles_t * tiles_o) // tiles_t
+        tile_t = program % tiles_t
+    part = tl.cdiv(tl.cdiv(inner, INNER), SPLITS) * INNER
+    begin = split * part
+    end = tl.minimum(begin + part, inner)
+
+    t = (tile_t * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    o = tile_o * OUTER + tl.arange(0, OUTER)
+    r = tl.arange(0, RANK)
+    low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
+    partial = y_ptr + (split.to(tl.int64) * tokens + t)[:, None] * (outer + rank)
+    low = tl.zeros([TOKENS, RANK], tl.float32)
+    if only_low:
+        if LORA:
+            for start in range(begin, end, INNER):
+                i = start + tl.arange(0, INNER)
+                x_mask = (t < tokens)[:, None] & (i < inner)[None, :]
+                x = tl.load(x_ptr + t[:, None] * stride_x + i[None, :], mask=x_mask, other=0.0)
+                f = _factor(first_ptr, r, i, rank, inner, stride_fr, stride_fi)
+                low = tl.dot(x, tl.trans(f), low, input_precision="ieee")
+            tl.store(partial + outer + r[None, :], low, mask=low_mask)
+    else:
+        acc = tl.zeros([TOKENS, OUTER], tl.float32)
+        for start in range(begin, end, INNER):
+            i = start + tl.arange(0, INNER)
+            x_mask = (t < tokens)[:, None] & (i < inner)[None, :]
+            x = tl.load(x_ptr + t[:, None] * stride_x + i[None, :], mask=x_mask, other=0.0)
+            # Rows beyond the last are read as the last: what they add is dy's 0 times, or never stored.
+            if BACKWARD:
+                row = tl.minimum(i, rows - 1).to(tl.int64)
+                w = _tile(
+                    values_ptr, meta_ptr, row_offset_ptr, tile_offset_ptr, row, tile_o * OUTER, cols,
+                    FORMAT, N, M, WORDS, INNER, OUTER,
+                )  # fmt: skip
+            else:
+                row = tl.minimum(o, rows - 1).to(tl.int64)
+                w = _tile(
+                    values_ptr, meta_ptr, row_offset_ptr, tile_offset_ptr, row, start, cols,
+                    FORMAT, N, M, WORDS, OUTER, INNER,
+                )  # fmt: skip
+                w = tl.trans(w)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+            if LORA and not PARTIAL:
+                f = _factor(first_ptr, r, i, rank, inner, stride_fr, stride_fi)
+                low = tl.dot(x, tl.trans(f), low, input_precision="ieee")
+        y_mask = (t < tokens)[:, None] & (o < outer)[None, :]
+        if PARTIAL:
+            tl.store(partial + o[None, :], acc, mask=y_mask)
+        else:
+            if LORA:
+                s = _factor(second_ptr, r, o, rank, outer, stride_sr, stride_so)
+                acc += scale * tl.dot(low.to(s.dtype), s, input_precision="ieee")
+                if tile_o == 0:
+                    at = low_ptr + t[:, None] * rank + r[None, :]
+                    tl.store(at, low.to(low_ptr.dtype.element_ty), mask=low_mask)
+            if bias_ptr is not None:
+                acc += tl.load(bias_ptr + o, mask=o < outer, other=0.0).to(tl.float32)[None, :]
+            tl.store(y_ptr + t[:, None] * outer + o[None, :], acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def reduce_kernel(
+    partial_ptr,  # fp32 [SPLITS, tokens, outer + rank]
+    bias_ptr,  # [outer] or None
+    second_ptr,  # a low-rank factor [rank, outer], or None
+    y_ptr,  # [tokens, outer]
+    low_ptr,  # [tokens, rank], or None
+    scale,
+    tokens,
+    outer,
+    rank,
+    stride_sr,
+    stride_so,
+    LORA: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTER: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """The sum of the partial sums, in order, the low-rank product's second half, and the bias."""
+    tiles_t = tl.cdiv(tokens, TOKENS)
+    t = (tl.program_id(0) % tiles_t * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    tile_o = tl.program_id(0) // tiles_t
+    o = tile_o * OUTER + tl.arange(0, OUTER)
+    r = tl.arange(0, RANK)
+    y_mask = (t < tokens)[:, None] & (o < outer)[None, :]
+    low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
+    total = tl.zeros([TOKENS, OUTER], tl.float32)
+    low = tl.zeros([TOKENS, RANK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        at = partial_ptr + (split * tokens + t)[:, None] * (outer + rank)
+        total += tl.load(at + o[None, :], mask=y_mask, other=0.0)
+        if LORA:
+            low += tl.load(at + outer + r[None, :], mask=low_mask, other=0.0)
+    if LORA:
+        s = _factor(second_ptr, r, o, rank, outer, stride_sr, stride_so)
+        total += scale * tl.dot(low.to(s.dtype), s, input_precision="ieee")
+        if tile_o == 0:
+            tl.store(low_ptr + t[:, None] * rank + r[None, :], low.to(low_ptr.dtype.element_ty), mask=low_mask)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + o, mask=o < outer, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + t[:, None] * outer + o[None, :], total.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+def product_triton(
+    x: Tensor,
+    weight: CompressedWeight,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, float] | None,
+    y: Tensor,
+    low: Tensor,
+    config: Config,
+    backward: bool,
+) -> None:
+    """x [tokens, inner] -> y [tokens, outer] and low [tokens, rank], both contiguous; see `product_kernel`."""
+    tokens, (rows, cols) = x.shape[0], weight.shape
+    outer, rank = y.shape[1], low.shape[1]
+    a, b, scale = lora if lora is not None else (None, None, 0.0)
+    strides = (0, 0, 0, 0)
+    if a is not None and b is not None:
+        strides = (a.stride(0), a.stride(1), b.stride(1), b.stride(0))
+    first, second = a, b
+    if backward:
+        first, second, strides = b, a, (*strides[2:], *strides[:2])
+    tiles_t = triton.cdiv(tokens, config.tokens)
+    programs = tiles_t * triton.cdiv(outer, config.outer) * config.splits
+    out, kept_low = y, low if rank else None
+    if config.partial:
+        out = x.new_empty(config.splits, tokens, outer + rank, dtype=torch.float32)
+        programs += tiles_t * config.splits if rank else 0
+    padded = max(16, triton.next_power_of_2(rank))
+    launch(
+        product_kernel,
+        (programs,),
+        x,
+        weight.values,
+        weight.meta,
+        weight.row_offsets,
+        weight.tile_offsets,
+        bias,
+        first,
+        second,
+        out,
+        kept_low,
+        scale,
+        tokens,
+        rows,
+        cols,
+        rank,
+        x.stride(0),
+        *strides,
+        FORMAT=weight.format,
+        N=weight.n,
+        M=weight.m,
+        WORDS=cols % 32 == 0 and weight.meta.storage_offset() % 4 == 0,
+        BACKWARD=backward,
+        LORA=lora is not None,
+        TOKENS=config.tokens,
+        OUTER=config.outer,
+        INNER=config.inner,
+        RANK=padded,
+        SPLITS=config.splits,
+        PARTIAL=config.partial,
+        GROUP=8,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if config.partial:
+        launch(
+            reduce_kernel,
+            (triton.cdiv(tokens, 16) * triton.cdiv(outer, 64),),
+            out,
+            bias,
+            second,
+            y,
+            kept_low,
+            scale,
+            tokens,
+            outer,
+            rank,
+            *strides[2:],
+            LORA=lora is not None,
+            TOKENS=16,
+            OUTER=64,
+            RANK=padded,
+            SPLITS=config.splits,
+        )
