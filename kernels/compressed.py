@@ -101,6 +101,19 @@ class CompressedWeight:
         tensors = (self.values, self.meta, self.row_offsets, self.tile_offsets)
         return sum(t.nbytes for t in tensors if t is not None)
 
+    def part(self, start: int, stop: int) -> CompressedWeight:
+        """Rows start to stop, sharing the memory of all but the row offsets."""
+        values, row_offsets, tile_offsets = self.values, self.row_offsets, self.tile_offsets
+        if row_offsets is None or tile_offsets is None:
+            values = values[start:stop]
+        else:
+            row_offsets = row_offsets[start : stop + 1]
+            first, last = int(row_offsets[0]), int(row_offsets[-1])
+            values, row_offsets, tile_offsets = values[first:last], row_offsets - first, tile_offsets[start:stop]
+        shape = (stop - start, self.shape[1])
+        meta = self.meta[start:stop]
+        return CompressedWeight(self.format, shape, self.n, self.m, values, meta, row_offsets, tile_offsets)
+
     def decompress(self) -> Tensor:
         """The dense weight [rows, cols] in the dtype of the values, 0 where it is pruned."""
         rows, cols = self.shape

@@ -108,10 +108,14 @@ def _tile_ranked(
     words = _words(meta_ptr, row[:, None], (col // 32 + tl.arange(0, C // 32))[None, :], cols, WORDS)
     count = popcount(words)
     rank = rank[:, None] + tl.cumsum(count, 1) - count
-    # A thread takes four neighbouring columns, so that it counts once, and a warp reads one row's values.
-    shift = (4 * tl.arange(0, 8)).to(tl.uint32)[None, None, :]
-    rank = tl.reshape(rank[:, :, None] + popcount(words[:, :, None] & ((1 << shift) - 1)), [R, C // 4])
-    nibble = tl.reshape((words[:, :, None] >> shift).to(tl.int32), [R, C // 4])
+    rank = tl.reshape(tl.broadcast_to(rank[:, :, None], [R, C // 32, 8]), [R, C // 4])
+    # A thread takes four neighbouring columns, so that it counts once, and a warp reads one row's values. It reads
+    # its word again, which the cache holds: that takes less than passing it through shared memory.
+    q = tl.arange(0, C // 4)
+    words = _words(meta_ptr, row[:, None], (col // 32 + q // 8)[None, :], cols, WORDS)
+    shift = (q % 8 * 4).to(tl.uint32)[None, :]
+    rank += popcount(words & ((1 << shift) - 1))
+    nibble = (words >> shift).to(tl.int32)
     at = (values_ptr + base)[:, None] + rank
     k0, k1, k2, k3 = nibble & 1, (nibble >> 1) & 1, (nibble >> 2) & 1, (nibble >> 3) & 1
     d0 = tl.load(at, mask=k0 != 0, other=0.0)
