@@ -77,6 +77,18 @@ def linear(x: Tensor, weight: CompressedWeight, bias: Tensor | None = None, lora
     return y.reshape(*x.shape[:-1], rows)
 
 
+def linear_backward(dy: Tensor, weight: CompressedWeight, lora: Lora | None = None) -> tuple[Tensor, Tensor]:
+    """What `linear` passes back to x: (dx [tokens, cols], dy B [tokens, rank]) of dy [tokens, rows].
+
+    dx = dy W + scale (dy B) A. Without ``lora`` the rank is 0.
+    """
+    a, b, scale = lora if lora is not None else (None, None, 0.0)
+    w = weight
+    return _LINEAR_BACKWARD(
+        dy, w.values, w.meta, w.row_offsets, w.tile_offsets, w.format, w.shape[1], w.n, w.m, a, b, float(scale)
+    )
+
+
 def _check(x: Tensor, weight: CompressedWeight, bias: Tensor | None, lora: Lora | None) -> None:
     rows, cols = weight.shape
     dtype = weight.values.dtype

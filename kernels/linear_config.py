@@ -54,28 +54,34 @@ def config(
         size = 16 if tokens <= 16 else 32
         return Config(size, 32, 32, 1, 4, 2, False, "fp32 without tensor cores: what FMA holds in registers")
     if tokens <= DECODE_TOKENS:
-        tile = 128 if backward else 32
-        splits, why = _splits(tokens, outer, inner, tile, cc)
-        size = (tile, 32) if backward else (tile, 128)
-        partial = splits > 1 or rank > 0
-        return Config(
-            16 if tokens <= 16 else 32, *size, splits, 2, 3, partial, f"few tokens: stream the weight; {why}"
-        )
+        return _few(outer, inner, cc, tokens, format, rank, backward)
+    # Both accumulators, tokens x outer and tokens x rank, stay in registers beside the tile of W.
     block = 64 if tokens <= 64 or rank > 64 else 128
+    narrow = backward or (rank > 0 and cc < 90)
     why = "many tokens: tensor cores, each decompressed tile used for all of its tokens"
-    return Config(block, 128, 32 if backward else 64, 1, 8, 3, False, why)
+    return Config(block, 128, 32 if narrow else 64, 1, 8, 3, False, why)
 
 
-def _splits(tokens: int, outer: int, inner: int, tile: int, cc: int) -> tuple[int, str]:
-    """In how many parts to cut the contraction, so that every multiprocessor has as much to do."""
-    sms = SMS.get(cc, 108)
+def _few(outer: int, inner: int, cc: int, tokens: int, format: str, rank: int, backward: bool) -> Config:
+    """Up to 32 tokens: stream the weight."""
+    sms, block = SMS.get(cc, 108), 16 if tokens <= 16 else 32
+    if backward:
+        tile, step, warps, share = 128, 32, 4, 0.06
+    elif format in ("2:4", "masked"):
+        # Wide tiles pass x through shared memory less often. With 128 columns the stores of W's tile conflict.
+        tile, step, warps, share = 64, 64, 4, 0.085
+    else:
+        # 128 columns need no count of the columns before; offsets leave less room for partial sums.
+        tile, step, warps, share = 32, 128, 2, 0.06
     tiles = -(-outer // tile)
-    # The partial sums, fp32, are written once and read once; 6% of the 1.125 bytes that a weight takes at 50%.
-    allowed = min(inner // 512, int(0.06 * 1.125 * inner / (8 * max(1, tokens))))
+    # The partial sums, fp32, are written and read once; a share of the 1.125 bytes that a weight takes at 50%.
+    allowed = min(16, inner // 512, int(share * 1.125 * inner / (8 * max(1, tokens))))
 
     def busy(splits: int) -> float:
+        """The share of the multiprocessors' time in use, less where fewer than two programs run on each."""
         waves = tiles * splits / sms
         return min(1.0, waves / 2) * waves / math.ceil(waves)
 
-    splits = max(range(1, max(1, min(16, allowed)) + 1), key=lambda s: round(busy(s) - 0.01 * s, 6))
-    return splits, f"{splits} of at most {allowed} parts keep {sms} multiprocessors {busy(splits):.0%} busy"
+    splits = max(range(1, max(1, allowed) + 1), key=lambda count: busy(count) - count * 8 * tokens / (1.125 * inner))
+    why = f"few tokens: stream the weight; {splits} of at most {allowed} parts keep {sms} SMs {busy(splits):.0%} busy"
+    return Config(block, tile, step, splits, warps, 3, splits > 1 or rank > 0, why)

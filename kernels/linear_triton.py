@@ -192,6 +192,7 @@ def product_kernel(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     RANK: tl.constexpr,
+    LOW: tl.constexpr,  # columns of x A^T or dy B in a program of their own
     SPLITS: tl.constexpr,
     PARTIAL: tl.constexpr,
     GROUP: tl.constexpr,
@@ -215,8 +216,9 @@ def product_kernel(
     tile_t = group + tile % (GROUP * tiles_o) % height
     tile_o = tile % (GROUP * tiles_o) // height
     only_low = split >= SPLITS
+    low_tile = (program - SPLITS * tiles_t * tiles_o) // tiles_t
     if only_low:
-        split = (program - SPLITS * tiles_t * tiles_o) // tiles_t
+        split = low_tile % SPLITS
         tile_t = program % tiles_t
     part = tl.cdiv(tl.cdiv(inner, INNER), SPLITS) * INNER
     begin = split * part
@@ -224,20 +226,23 @@ def product_kernel(
 
     t = (tile_t * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     o = tile_o * OUTER + tl.arange(0, OUTER)
-    r = tl.arange(0, RANK)
-    low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
     partial = y_ptr + (split.to(tl.int64) * tokens + t)[:, None] * (outer + rank)
-    low = tl.zeros([TOKENS, RANK], tl.float32)
     if only_low:
         if LORA:
+            r = low_tile // SPLITS * LOW + tl.arange(0, LOW)
+            low = tl.zeros([TOKENS, LOW], tl.float32)
             for start in range(begin, end, INNER):
                 i = start + tl.arange(0, INNER)
                 x_mask = (t < tokens)[:, None] & (i < inner)[None, :]
                 x = tl.load(x_ptr + t[:, None] * stride_x + i[None, :], mask=x_mask, other=0.0)
                 f = _factor(first_ptr, r, i, rank, inner, stride_fr, stride_fi)
                 low = tl.dot(x, tl.trans(f), low, input_precision="ieee")
+            low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
             tl.store(partial + outer + r[None, :], low, mask=low_mask)
     else:
+        r = tl.arange(0, RANK)
+        low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
+        low = tl.zeros([TOKENS, RANK], tl.float32)
         acc = tl.zeros([TOKENS, OUTER], tl.float32)
         for start in range(begin, end, INNER):
             i = start + tl.arange(0, INNER)
@@ -292,7 +297,7 @@ def reduce_kernel(
     LORA: tl.constexpr,
     TOKENS: tl.constexpr,
     OUTER: tl.constexpr,
-    RANK: tl.constexpr,
+    LOW: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """The sum of the partial sums, in order, the low-rank product's second half, and the bias."""
@@ -300,21 +305,25 @@ def reduce_kernel(
     t = (tl.program_id(0) % tiles_t * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     tile_o = tl.program_id(0) // tiles_t
     o = tile_o * OUTER + tl.arange(0, OUTER)
-    r = tl.arange(0, RANK)
     y_mask = (t < tokens)[:, None] & (o < outer)[None, :]
-    low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
     total = tl.zeros([TOKENS, OUTER], tl.float32)
-    low = tl.zeros([TOKENS, RANK], tl.float32)
-    for split in tl.static_range(SPLITS):
+    if LORA:
+        for start in range(0, rank, LOW):
+            r = start + tl.arange(0, LOW)
+            low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
+            low = tl.zeros([TOKENS, LOW], tl.float32)
+            for split in range(SPLITS):
+                at = partial_ptr + (split * tokens + t)[:, None] * (outer + rank) + outer
+                low += tl.load(at + r[None, :], mask=low_mask, other=0.0)
+            s = _factor(second_ptr, r, o, rank, outer, stride_sr, stride_so)
+            total = tl.dot(low.to(s.dtype), s, total, input_precision="ieee")
+            if tile_o == 0:
+                at = low_ptr + t[:, None] * rank + r[None, :]
+                tl.store(at, low.to(low_ptr.dtype.element_ty), mask=low_mask)
+        total *= scale
+    for split in range(SPLITS):
         at = partial_ptr + (split * tokens + t)[:, None] * (outer + rank)
         total += tl.load(at + o[None, :], mask=y_mask, other=0.0)
-        if LORA:
-            low += tl.load(at + outer + r[None, :], mask=low_mask, other=0.0)
-    if LORA:
-        s = _factor(second_ptr, r, o, rank, outer, stride_sr, stride_so)
-        total += scale * tl.dot(low.to(s.dtype), s, input_precision="ieee")
-        if tile_o == 0:
-            tl.store(low_ptr + t[:, None] * rank + r[None, :], low.to(low_ptr.dtype.element_ty), mask=low_mask)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + o, mask=o < outer, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + t[:, None] * outer + o[None, :], total.to(y_ptr.dtype.element_ty), mask=y_mask)
@@ -343,10 +352,11 @@ def product_triton(
     tiles_t = triton.cdiv(tokens, config.tokens)
     programs = tiles_t * triton.cdiv(outer, config.outer) * config.splits
     out, kept_low = y, low if rank else None
+    padded = max(16, triton.next_power_of_2(rank))
+    low_tile = min(32, padded)
     if config.partial:
         out = x.new_empty(config.splits, tokens, outer + rank, dtype=torch.float32)
-        programs += tiles_t * config.splits if rank else 0
-    padded = max(16, triton.next_power_of_2(rank))
+        programs += tiles_t * config.splits * triton.cdiv(rank, low_tile)
     launch(
         product_kernel,
         (programs,),
@@ -377,6 +387,7 @@ def product_triton(
         OUTER=config.outer,
         INNER=config.inner,
         RANK=padded,
+        LOW=low_tile,
         SPLITS=config.splits,
         PARTIAL=config.partial,
         GROUP=8,
@@ -400,6 +411,6 @@ def product_triton(
             LORA=lora is not None,
             TOKENS=16,
             OUTER=64,
-            RANK=padded,
+            LOW=low_tile,
             SPLITS=config.splits,
         )
