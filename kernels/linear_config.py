@@ -79,7 +79,7 @@ def _few(outer: int, inner: int, cc: int, tokens: int, format: str, rank: int, b
 
     def busy(splits: int) -> float:
         """The share of the multiprocessors' time in use, less where fewer than two programs run on each."""
-        waves = tiles * splits / sms
+        waves = (tiles + -(-rank // 32)) * splits / sms  # x A^T has programs of its own
         return min(1.0, waves / 2) * waves / math.ceil(waves)
 
     splits = max(range(1, max(1, allowed) + 1), key=lambda count: busy(count) - count * 8 * tokens / (1.125 * inner))
