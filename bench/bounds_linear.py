@@ -90,18 +90,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     results = []
-    print(f"{'format':8} {'shape':>11} {'tokens':>6} {'rank':>4} {'bytes':>6} {'bound us':>8} {'of dense':>8} {'binds':>7}")
+    print(
+        f"{'format':8} {'shape':>11} {'tokens':>6} {'rank':>4} {'bytes':>6} {'bound us':>8} {'of dense':>8} {'binds':>7}"
+    )
     for rows, cols in SHAPES:
         for format, n, m in FORMATS:
             weight = half(format, n, m, rows, cols)
             for tokens in TOKENS:
                 for rank in (0, 16):
-                    case = {"format": format, "n": n, "m": m, "rows": rows, "cols": cols, "tokens": tokens, "rank": rank}
+                    case = {
+                        "format": format,
+                        "n": n,
+                        "m": m,
+                        "rows": rows,
+                        "cols": cols,
+                        "tokens": tokens,
+                        "rank": rank,
+                    }
                     row = {**case, **bound(weight, tokens, rank)}
                     results.append(row)
                     print(
                         f"{format:8} {f'{rows}x{cols}':>11} {tokens:6} {rank:4} {row['bytes_over_compulsory']:6.3f} "
-                        f"{row['bound_us']:8.2f} {row['of_dense']:8.3f} {row['binding']:>7} issue {row['issue_us']:.1f}",
+                        f"{row['bound_us']:8.2f} {row['of_dense']:8.3f} {row['binding']:>7}",
                         flush=True,
                     )
     if options.json:

@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
-# ruff: noqa: SIM108 (the form that Triton compiles)
 """Triton kernels of a linear layer with a compressed weight; the operation is in kernels/linear.py.
 
 One kernel computes both products, with the weight decompressed tile by tile on chip:
