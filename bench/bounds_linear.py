@@ -90,9 +90,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     results = []
-    print(
-        f"{'format':8} {'shape':>11} {'tokens':>6} {'rank':>4} {'bytes':>6} {'bound us':>8} {'of dense':>8} {'binds':>7}"
-    )
+    print(f"{'format':8} {'shape':>11} {'tokens':>6} {'rank':>4} {'bytes':>6} {'bound us':>8} {'of dense':>8} binds")
     for rows, cols in SHAPES:
         for format, n, m in FORMATS:
             weight = half(format, n, m, rows, cols)
@@ -111,7 +109,7 @@ def main() -> None:
                     results.append(row)
                     print(
                         f"{format:8} {f'{rows}x{cols}':>11} {tokens:6} {rank:4} {row['bytes_over_compulsory']:6.3f} "
-                        f"{row['bound_us']:8.2f} {row['of_dense']:8.3f} {row['binding']:>7}",
+                        f"{row['bound_us']:8.2f} {row['of_dense']:8.3f} {row['binding']}",
                         flush=True,
                     )
     if options.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +47,5 @@ def operations(
             x, dy = empty(count, cols), empty(count, rows)
             for lora in (None, (a, b, 2.0)):
                 name = f"{format}, {count} tokens, rank {rank if lora else 0}"
-                yield f"linear {name}", lambda x=x, weight=weight, lora=lora: linear(x, weight, bias, lora)
-                yield (
-                    f"linear backward {name}",
-                    lambda dy=dy, weight=weight, lora=lora: linear_backward(dy, weight, lora),
-                )
+                yield f"linear {name}", partial(linear, x, weight, bias, lora)
+                yield f"linear backward {name}", partial(linear_backward, dy, weight, lora)

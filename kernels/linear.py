@@ -243,7 +243,8 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     dx = dbias = da = db = dy_b = None
     if needs[0]:
-        dx, dy_b = _LINEAR_BACKWARD(dy, values, meta, row_offsets, tile_offsets, *ctx.static, a, b, ctx.scale)
+        format, cols, n, m = ctx.static
+        dx, dy_b = _LINEAR_BACKWARD(dy, values, meta, row_offsets, tile_offsets, format, cols, n, m, a, b, ctx.scale)
     if needs[9]:
         dbias = dy.sum(0)
     if needs[10]:

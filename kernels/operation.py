@@ -56,7 +56,8 @@ class Operation(Generic[Arguments, Result]):
             "setup_context": staticmethod(setup_context),
             "backward": staticmethod(backward),
         }
-        self.run = type("Direct", (torch.autograd.Function,), members).apply
+        direct: Any = type("Direct", (torch.autograd.Function,), members)
+        self.run = direct.apply
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         """Through torch's dispatcher; under a runner straight to the implementation.
