@@ -7,7 +7,7 @@ operation that can also work in place there are two: a functional one, and one t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -39,9 +39,25 @@ class Operation(Generic[Arguments, Result]):
         reads_back: bool = False,
     ) -> None:
         tags = (torch.Tag.cudagraph_unsafe,) if reads_back else ()
-        self.run = run
+        self.run: Callable[..., Result] = run
         self.registered = torch.library.custom_op(f"trisparse::{name}", run, mutates_args=mutates, tags=tags)
         self.registered.register_fake(fake)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """Give the operation a gradient, also where a runner passes the dispatcher by.
+
+        Args:
+            backward: (ctx, *gradients of the outputs) -> a gradient or None for each input.
+            setup_context: (ctx, inputs, output) saves what ``backward`` needs.
+        """
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        members = {
+            "forward": staticmethod(self.run),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+        }
+        direct: Any = type("Direct", (torch.autograd.Function,), members)
+        self.run = direct.apply
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         """Through torch's dispatcher; under a runner straight to the implementation.

@@ -1,0 +1,129 @@
+"""What `linear` with few tokens asks of an A100, counted from its PTX: bounds, not measurements.
+
+    python -m trisparse.bench.bounds_linear [--json FILE]
+
+A few programs of each launch run under emulation of their PTX (trisparse.kernels.launch.Emulator; needs ptxsim), and
+their counts are scaled to the grid. Reported for an A100-SXM-80GB with published peaks, on a bf16 weight that keeps
+half of itself:
+
+- bytes: the distinct 32-byte sectors that each launch reads and writes, over compressed W + x + y;
+- bound_us: for each launch the longest of its DRAM, tensor and shared memory times, summed, and the resource that
+  binds the product;
+- of_dense: bound_us over the DRAM time of a dense bf16 W, x and y;
+- issue_us: warp instructions of the PTX at 4 a clock and SM, an indicator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trisparse.kernels.bitmask import pack_bits
+from trisparse.kernels.compressed import CompressedWeight, compress
+from trisparse.kernels.launch import Emulator, ptxsim, using
+from trisparse.kernels.linear import linear
+
+GPU = "A100-SXM-80GB"
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
+TOKENS = (1, 8, 16)
+FORMATS = (("2:4", 2, 4), ("n:m", 4, 8), ("bitmask", 0, 0))
+DRAM_BYTES_PER_US = 2039e3
+
+
+def half(format: str, n: int, m: int, rows: int, cols: int) -> CompressedWeight:
+    """A random bf16 weight that keeps half of itself: an even half of each row with "bitmask"."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, cols, generator=generator).bfloat16()
+    group = m or cols
+    order = torch.rand(rows, cols // group, group, generator=generator).argsort(2)
+    mask = (order < group // 2).reshape(rows, cols)
+    return compress(weight, pack_bits(mask), format, n, m)
+
+
+def bound(weight: CompressedWeight, tokens: int, rank: int = 0, ctas: int = 4) -> dict[str, Any]:
+    """The counts of one forward product, with an adapter of this rank, 0 for none."""
+    rows, cols = weight.shape
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    x = normal(tokens, cols)
+    emulator = Emulator(options={"ctas": ctas})
+    with using(emulator):
+        linear(x, weight, None, (normal(rank, cols), normal(rows, rank), 1.0) if rank else None)
+    moved, bound_us, issue_us, binding = 0.0, 0.0, 0.0, ""
+    for name, profile in emulator.profiles:
+        estimate = ptxsim().estimate(profile, GPU)
+        moved += profile.unique_read_sector_bytes + profile.unique_write_sector_bytes
+        bound_us += estimate.binding.microseconds
+        issue_us += estimate["issue"]
+        if name == "product_kernel":
+            binding = estimate.binding.resource
+    io = 2 * tokens * (rows + cols)
+    dense_us = (2 * rows * cols + io) / DRAM_BYTES_PER_US
+    statics = [profile.static for _, profile in emulator.profiles]
+    return {
+        "launches": [name for name, _ in emulator.profiles],
+        "compressed_bytes": weight.bytes,
+        "moved_bytes": round(moved),
+        "bytes_over_compulsory": round(moved / (weight.bytes + io), 4),
+        "bound_us": round(bound_us, 2),
+        "binding": binding,
+        "of_dense": round(bound_us / dense_us, 4),
+        "issue_us": round(issue_us, 2),
+        "spill_bytes": sum((s.spill_stores or 0) + (s.spill_loads or 0) for s in statics),
+        "registers": max(s.registers or 0 for s in statics),
+    }
+
+
+def main() -> None:
+    """Print the bounds of all cases, and write them with --json."""
+    parser = argparse.ArgumentParser(prog="python -m trisparse.bench.bounds_linear", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    results = []
+    print(f"{'format':8} {'shape':>11} {'tokens':>6} {'rank':>4} {'bytes':>6} {'bound us':>8} {'of dense':>8} binds")
+    for rows, cols in SHAPES:
+        for format, n, m in FORMATS:
+            weight = half(format, n, m, rows, cols)
+            for tokens in TOKENS:
+                for rank in (0, 16):
+                    case = {
+                        "format": format,
+                        "n": n,
+                        "m": m,
+                        "rows": rows,
+                        "cols": cols,
+                        "tokens": tokens,
+                        "rank": rank,
+                    }
+                    row = {**case, **bound(weight, tokens, rank)}
+                    results.append(row)
+                    print(
+                        f"{format:8} {f'{rows}x{cols}':>11} {tokens:6} {rank:4} {row['bytes_over_compulsory']:6.3f} "
+                        f"{row['bound_us']:8.2f} {row['of_dense']:8.3f} {row['binding']}",
+                        flush=True,
+                    )
+    if options.json:
+        about = {
+            "what": f"bounds counted from PTX by emulation, for an {GPU}; nothing was measured on a GPU",
+            "dtype": "bfloat16",
+            "how": "python -m trisparse.bench.bounds_linear --json FILE",
+            "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US},
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": version("triton"),
+        }
+        options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
