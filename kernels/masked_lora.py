@@ -112,7 +112,9 @@ def _apply(
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves fp64 alone
+    if (
+        device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    ):  # autocast leaves fp64 alone
         return torch.get_autocast_dtype(device)
     return weight.dtype
 

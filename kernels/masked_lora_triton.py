@@ -27,6 +27,20 @@ _DEVICES = {80: (108, 2 * 128 * 128 * 108 / 312e6, 2 / 2039e3), 90: (132, 2 * 12
 
 
 @triton.jit
+def expand_rows(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Bytes [ROWS, COLS/8], whose bits run along a row -> bool [ROWS, COLS]."""
+    bits = packed[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]
+    return (tl.reshape(bits, [ROWS, COLS]) & 1) != 0
+
+
+@triton.jit
+def expand_cols(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Bytes [ROWS/8, COLS], whose bits run along a column -> bool [ROWS, COLS]."""
+    bits = packed[:, None, :] >> tl.arange(0, 8).to(tl.uint8)[None, :, None]
+    return (tl.reshape(bits, [ROWS, COLS]) & 1) != 0
+
+
+@triton.jit
 def product_kernel(
     x_ptr,  # [tokens, k]
     w_ptr,  # [m, k] by its strides
@@ -49,7 +63,8 @@ def product_kernel(
     # Neighbouring programs share a tile row of W, which then comes from the L2 cache.
     token_blocks = tl.cdiv(tokens, BLOCK_T)
     o_t = (tl.program_id(0) % token_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_m = (tl.program_id(0) // token_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block_m = (tl.program_id(0) // token_blocks).to(tl.int64)
+    o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = tl.arange(0, RANK)
     m_m, m_t = o_m < m, o_t < tokens
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -66,13 +81,17 @@ def product_kernel(
         update = tl.dot(left, right, input_precision=PRECISION)
         if MASKED:
             if ALONG_M:
-                p_packed = packed_ptr + o_k[None, :].to(tl.int64) * stride_packed + (o_m // 8)[:, None]
-                bits = tl.load(p_packed, mask=m_w, other=0) >> (o_m % 8).to(tl.uint8)[:, None]
+                o_byte = block_m * (BLOCK_M // 8) + tl.arange(0, BLOCK_M // 8)
+                p_packed = packed_ptr + o_k[None, :].to(tl.int64) * stride_packed + o_byte[:, None]
+                packed = tl.load(p_packed, mask=m_k[None, :] & (o_byte < tl.cdiv(m, 8))[:, None], other=0)
+                keep = expand_cols(packed, BLOCK_M, BLOCK_K)
             else:
-                p_packed = packed_ptr + o_m[:, None] * stride_packed + (o_k // 8)[None, :]
-                bits = tl.load(p_packed, mask=m_w, other=0) >> (o_k % 8).to(tl.uint8)[None, :]
+                o_byte = start // 8 + tl.arange(0, BLOCK_K // 8)
+                p_packed = packed_ptr + o_m[:, None] * stride_packed + o_byte[None, :]
+                packed = tl.load(p_packed, mask=m_m[:, None] & (o_byte < tl.cdiv(k, 8))[None, :], other=0)
+                keep = expand_rows(packed, BLOCK_M, BLOCK_K)
             # W is zero where pruned, and E must be, too, whatever the factors hold.
-            effective = tl.where((bits & 1) != 0, w.to(tl.float32) + update, 0.0)
+            effective = tl.where(keep, w.to(tl.float32) + update, 0.0)
         else:
             effective = w.to(tl.float32) * update
         p_x = x_ptr + o_t[:, None] * stride_xt + o_k[None, :]
@@ -110,9 +129,7 @@ def factor_gradients_kernel(
     for i in range(tiles_p):
         o_p = (row * tiles_p + i) * BLOCK_P + tl.arange(0, BLOCK_P)
         m_p = o_p < p
-        p_left = left_ptr + o_p[None, :] * stride_lp + o_r[:, None] * stride_lr
-        left_t = tl.load(p_left, mask=m_r[:, None] & m_p[None, :], other=0.0).to(dtype)
-        dleft = tl.zeros([BLOCK_P, RANK], tl.float32)
+        dleft = tl.zeros([RANK, BLOCK_P], tl.float32)  # transposed: both small products then read G alike
         for j in range(tiles_q):
             o_q = (col * tiles_q + j) * BLOCK_Q + tl.arange(0, BLOCK_Q)
             m_q = o_q < q
@@ -120,20 +137,28 @@ def factor_gradients_kernel(
             for start in range(0, tokens, BLOCK_T):
                 o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
                 m_t = o_t < tokens
-                u = tl.load(u_ptr + o_t[:, None] * stride_ut + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0)
-                v = tl.load(v_ptr + o_t[:, None] * stride_vt + o_q[None, :], mask=m_t[:, None] & m_q[None, :], other=0.0)
+                u = tl.load(
+                    u_ptr + o_t[:, None] * stride_ut + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0
+                )
+                v = tl.load(
+                    v_ptr + o_t[:, None] * stride_vt + o_q[None, :], mask=m_t[:, None] & m_q[None, :], other=0.0
+                )
                 acc = tl.dot(tl.trans(u), v, acc, input_precision=PRECISION)
-            m_g = m_p[:, None] & m_q[None, :]
             if MASKED:
-                p_packed = packed_ptr + o_p[:, None] * stride_packed + (o_q // 8)[None, :]
-                bits = tl.load(p_packed, mask=m_g, other=0) >> (o_q % 8).to(tl.uint8)[None, :]
-                acc = tl.where((bits & 1) != 0, acc, 0.0)
+                o_byte = (col * tiles_q + j) * (BLOCK_Q // 8) + tl.arange(0, BLOCK_Q // 8)
+                p_packed = packed_ptr + o_p[:, None] * stride_packed + o_byte[None, :]
+                packed = tl.load(p_packed, mask=m_p[:, None] & (o_byte < tl.cdiv(q, 8))[None, :], other=0)
+                acc = tl.where(expand_rows(packed, BLOCK_P, BLOCK_Q), acc, 0.0)
             else:
-                acc *= tl.load(w_ptr + o_p[:, None] * stride_w + o_q[None, :], mask=m_g, other=0.0).to(tl.float32)
+                p_w = w_ptr + o_p[:, None] * stride_w + o_q[None, :]
+                acc *= tl.load(p_w, mask=m_p[:, None] & m_q[None, :], other=0.0).to(tl.float32)
             gradient = acc.to(dtype)
-            p_right = right_ptr + o_q[:, None] * stride_rq + o_r[None, :] * stride_rr
-            right_t = tl.load(p_right, mask=m_q[:, None] & m_r[None, :], other=0.0).to(dtype)
-            dleft = tl.dot(gradient, right_t, dleft, input_precision=PRECISION)
+            p_right = right_ptr + o_q[None, :] * stride_rq + o_r[:, None] * stride_rr
+            right = tl.load(p_right, mask=m_r[:, None] & m_q[None, :], other=0.0).to(dtype)
+            dleft = tl.dot(right, tl.trans(gradient), dleft, input_precision=PRECISION)
+            # Read again for every tile: kept, this operand would take registers from the sum over the tokens.
+            p_left = left_ptr + o_p[None, :] * stride_lp + o_r[:, None] * stride_lr
+            left_t = tl.load(p_left, mask=m_r[:, None] & m_p[None, :], other=0.0).to(dtype)
             dright = tl.dot(left_t, gradient, input_precision=PRECISION)
             p_dright = dright_ptr + (row * rank + o_r[:, None]) * q + o_q[None, :]
             m_right = m_r[:, None] & m_q[None, :]
@@ -141,8 +166,8 @@ def factor_gradients_kernel(
             tl.debug_barrier()
             dright += tl.load(p_dright, mask=m_right & (i > 0), other=0.0)
             tl.store(p_dright, dright, mask=m_right)
-        p_dleft = dleft_ptr + (col * p + o_p[:, None]) * rank + o_r[None, :]
-        tl.store(p_dleft, dleft, mask=m_p[:, None] & m_r[None, :])
+        p_dleft = dleft_ptr + (col * p + o_p[None, :]) * rank + o_r[:, None]
+        tl.store(p_dleft, dleft, mask=m_r[:, None] & m_p[None, :])
 
 
 @triton.jit
