@@ -20,10 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from trisparse.kernels.launch import launch, target
+from trisparse.kernels.score_triton import widen
 
 # Streaming multiprocessors and, in microseconds, a 128x128 tile of G per token on one of them (bf16 tensor cores) and a
 # byte of partials written and read from memory: A100 (312 TFLOP/s, 2039 GB/s), H100 (989 TFLOP/s, 3350 GB/s).
 _DEVICES = {80: (108, 2 * 128 * 128 * 108 / 312e6, 2 / 2039e3), 90: (132, 2 * 128 * 128 * 132 / 989e6, 2 / 3350e3)}
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """a b in fp32. WIDEN where interpreted: the interpreter would multiply the bits of bf16 numbers as integers."""
+    if WIDEN:
+        return tl.dot(widen(a), widen(b), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -55,6 +65,7 @@ def product_kernel(
     ALONG_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -78,7 +89,7 @@ def product_kernel(
         right = tl.load(p_right, mask=(o_r < rank)[:, None] & m_k[None, :], other=0.0).to(dtype)
         m_w = m_m[:, None] & m_k[None, :]
         w = tl.load(w_ptr + o_m[:, None] * stride_wm + o_k[None, :].to(tl.int64) * stride_wk, mask=m_w, other=0.0)
-        update = tl.dot(left, right, input_precision=PRECISION)
+        update = dot(left, right, PRECISION, WIDEN)
         if MASKED:
             if ALONG_M:
                 o_byte = block_m * (BLOCK_M // 8) + tl.arange(0, BLOCK_M // 8)
@@ -96,7 +107,7 @@ def product_kernel(
             effective = w.to(tl.float32) * update
         p_x = x_ptr + o_t[:, None] * stride_xt + o_k[None, :]
         x = tl.load(p_x, mask=m_t[:, None] & m_k[None, :], other=0.0)
-        acc = tl.dot(effective.to(dtype), tl.trans(x), acc, input_precision=PRECISION)
+        acc += dot(effective.to(dtype), tl.trans(x), PRECISION, WIDEN)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o_m, mask=m_m, other=0.0).to(tl.float32)[:, None]
     p_y = y_ptr + o_t[:, None] * m + o_m[None, :]
@@ -117,6 +128,7 @@ def factor_gradients_kernel(
     stride_ut, stride_vt, stride_w, stride_packed, stride_lp, stride_lr, stride_rr, stride_rq,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -129,7 +141,11 @@ def factor_gradients_kernel(
     for i in range(tiles_p):
         o_p = (row * tiles_p + i) * BLOCK_P + tl.arange(0, BLOCK_P)
         m_p = o_p < p
-        dleft = tl.zeros([RANK, BLOCK_P], tl.float32)  # transposed: both small products then read G alike
+        # The first operand is held by every warp that shares its rows: G at a large rank, the factors at a small one.
+        if RANK > 16:
+            dleft = tl.zeros([BLOCK_P, RANK], tl.float32)
+        else:
+            dleft = tl.zeros([RANK, BLOCK_P], tl.float32)
         for j in range(tiles_q):
             o_q = (col * tiles_q + j) * BLOCK_Q + tl.arange(0, BLOCK_Q)
             m_q = o_q < q
@@ -143,7 +159,7 @@ def factor_gradients_kernel(
                 v = tl.load(
                     v_ptr + o_t[:, None] * stride_vt + o_q[None, :], mask=m_t[:, None] & m_q[None, :], other=0.0
                 )
-                acc = tl.dot(tl.trans(u), v, acc, input_precision=PRECISION)
+                acc += dot(tl.trans(u), v, PRECISION, WIDEN)
             if MASKED:
                 o_byte = (col * tiles_q + j) * (BLOCK_Q // 8) + tl.arange(0, BLOCK_Q // 8)
                 p_packed = packed_ptr + o_p[:, None] * stride_packed + o_byte[None, :]
@@ -155,19 +171,25 @@ def factor_gradients_kernel(
             gradient = acc.to(dtype)
             p_right = right_ptr + o_q[None, :] * stride_rq + o_r[:, None] * stride_rr
             right = tl.load(p_right, mask=m_r[:, None] & m_q[None, :], other=0.0).to(dtype)
-            dleft = tl.dot(right, tl.trans(gradient), dleft, input_precision=PRECISION)
             # Read again for every tile: kept, this operand would take registers from the sum over the tokens.
-            p_left = left_ptr + o_p[None, :] * stride_lp + o_r[:, None] * stride_lr
-            left_t = tl.load(p_left, mask=m_r[:, None] & m_p[None, :], other=0.0).to(dtype)
-            dright = tl.dot(left_t, gradient, input_precision=PRECISION)
+            p_left = left_ptr + o_p[:, None] * stride_lp + o_r[None, :] * stride_lr
+            left = tl.load(p_left, mask=m_p[:, None] & m_r[None, :], other=0.0).to(dtype)
+            if RANK > 16:
+                dleft += dot(gradient, tl.trans(right), PRECISION, WIDEN)
+                dright = tl.trans(dot(tl.trans(gradient), left, PRECISION, WIDEN))
+            else:
+                dleft += dot(right, tl.trans(gradient), PRECISION, WIDEN)
+                dright = dot(tl.trans(left), gradient, PRECISION, WIDEN)
             p_dright = dright_ptr + (row * rank + o_r[:, None]) * q + o_q[None, :]
             m_right = m_r[:, None] & m_q[None, :]
             # What earlier rows of tiles left here was perhaps written by other threads of this program.
             tl.debug_barrier()
             dright += tl.load(p_dright, mask=m_right & (i > 0), other=0.0)
             tl.store(p_dright, dright, mask=m_right)
-        p_dleft = dleft_ptr + (col * p + o_p[None, :]) * rank + o_r[:, None]
-        tl.store(p_dleft, dleft, mask=m_r[:, None] & m_p[None, :])
+        if RANK <= 16:
+            dleft = tl.trans(dleft)
+        p_dleft = dleft_ptr + (col * p + o_p[:, None]) * rank + o_r[None, :]
+        tl.store(p_dleft, dleft, mask=m_p[:, None] & m_r[None, :])
 
 
 @triton.jit
@@ -206,7 +228,9 @@ def product_config(dtype: torch.dtype, tokens: int, rank: int) -> Config:
 
 def factor_gradients_config(dtype: torch.dtype, rank: int) -> Config:
     """Tiles of `factor_gradients_kernel`."""
-    if dtype == torch.float32 or rank > 64:
+    if dtype == torch.float32:
+        return Config(32, 32, 32, 4, 2)
+    if rank > 16:
         return Config(64, 64, 32, 4, 2)
     return Config(128, 128, 32, 8, 3)
 
@@ -248,7 +272,7 @@ def product_triton(
         x, weight, x if packed is None else packed, left.detach(), right.detach(), x if bias is None else bias.detach(),
         y, x.shape[0], m, k, rank,
         x.stride(0), *weight.stride(), 0 if packed is None else packed.stride(0), *left.stride(), *right.stride(),
-        MASKED=packed is not None, ALONG_M=transposed, HAS_BIAS=bias is not None, PRECISION="ieee", RANK=_padded(rank),
+        MASKED=packed is not None, ALONG_M=transposed, HAS_BIAS=bias is not None, PRECISION="ieee", WIDEN=_interpreted(), RANK=_padded(rank),
         BLOCK_M=config.outer, BLOCK_T=config.inner, BLOCK_K=config.step,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -273,7 +297,7 @@ def factor_gradients_triton(
         left_parts, right_parts, tokens, p, q, rank, tiles_p, tiles_q,
         u.stride(0), v.stride(0), 0 if weight is None else weight.stride(0), 0 if packed is None else packed.stride(0),
         *left.stride(), *right.stride(),
-        MASKED=packed is not None, PRECISION="ieee", RANK=_padded(rank),
+        MASKED=packed is not None, PRECISION="ieee", WIDEN=_interpreted(), RANK=_padded(rank),
         BLOCK_P=config.outer, BLOCK_Q=config.inner, BLOCK_T=config.step,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -285,6 +309,10 @@ def factor_gradients_triton(
 def _inner_contiguous(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
 
 
 def _padded(rank: int) -> int:
