@@ -141,11 +141,14 @@ def factor_gradients_kernel(
     for i in range(tiles_p):
         o_p = (row * tiles_p + i) * BLOCK_P + tl.arange(0, BLOCK_P)
         m_p = o_p < p
-        # The first operand is held by every warp that shares its rows: G at a large rank, the factors at a small one.
+        # The first operand of a product is held by every warp that shares its rows: G where the rank is large, the
+        # factors where it is small.
         if RANK > 16:
             dleft = tl.zeros([BLOCK_P, RANK], tl.float32)
         else:
             dleft = tl.zeros([RANK, BLOCK_P], tl.float32)
+            p_left = left_ptr + o_p[None, :] * stride_lp + o_r[:, None] * stride_lr
+            left_t = tl.load(p_left, mask=m_r[:, None] & m_p[None, :], other=0.0).to(dtype)
         for j in range(tiles_q):
             o_q = (col * tiles_q + j) * BLOCK_Q + tl.arange(0, BLOCK_Q)
             m_q = o_q < q
@@ -171,25 +174,27 @@ def factor_gradients_kernel(
             gradient = acc.to(dtype)
             p_right = right_ptr + o_q[None, :] * stride_rq + o_r[:, None] * stride_rr
             right = tl.load(p_right, mask=m_r[:, None] & m_q[None, :], other=0.0).to(dtype)
-            # Read again for every tile: kept, this operand would take registers from the sum over the tokens.
-            p_left = left_ptr + o_p[:, None] * stride_lp + o_r[None, :] * stride_lr
-            left = tl.load(p_left, mask=m_p[:, None] & m_r[None, :], other=0.0).to(dtype)
             if RANK > 16:
+                # Read again for every tile: kept, it would take registers from the sum over the tokens.
+                p_left = left_ptr + o_p[:, None] * stride_lp + o_r[None, :] * stride_lr
+                left = tl.load(p_left, mask=m_p[:, None] & m_r[None, :], other=0.0).to(dtype)
                 dleft += dot(gradient, tl.trans(right), PRECISION, WIDEN)
                 dright = tl.trans(dot(tl.trans(gradient), left, PRECISION, WIDEN))
             else:
                 dleft += dot(right, tl.trans(gradient), PRECISION, WIDEN)
-                dright = dot(tl.trans(left), gradient, PRECISION, WIDEN)
+                dright = dot(left_t, gradient, PRECISION, WIDEN)
             p_dright = dright_ptr + (row * rank + o_r[:, None]) * q + o_q[None, :]
             m_right = m_r[:, None] & m_q[None, :]
             # What earlier rows of tiles left here was perhaps written by other threads of this program.
             tl.debug_barrier()
             dright += tl.load(p_dright, mask=m_right & (i > 0), other=0.0)
             tl.store(p_dright, dright, mask=m_right)
-        if RANK <= 16:
-            dleft = tl.trans(dleft)
-        p_dleft = dleft_ptr + (col * p + o_p[:, None]) * rank + o_r[None, :]
-        tl.store(p_dleft, dleft, mask=m_p[:, None] & m_r[None, :])
+        if RANK > 16:
+            p_dleft = dleft_ptr + (col * p + o_p[:, None]) * rank + o_r[None, :]
+            tl.store(p_dleft, dleft, mask=m_p[:, None] & m_r[None, :])
+        else:
+            p_dleft = dleft_ptr + (col * p + o_p[None, :]) * rank + o_r[:, None]
+            tl.store(p_dleft, dleft, mask=m_r[:, None] & m_p[None, :])
 
 
 @triton.jit
@@ -226,12 +231,16 @@ def product_config(dtype: torch.dtype, tokens: int, rank: int) -> Config:
     return Config(128, 128, 32 if rank > 64 else 64, 8, 3)
 
 
-def factor_gradients_config(dtype: torch.dtype, rank: int) -> Config:
-    """Tiles of `factor_gradients_kernel`."""
+def factor_gradients_config(dtype: torch.dtype, rank: int, cc: int) -> Config:
+    """Tiles of `factor_gradients_kernel`: the largest known to leave no register spilled."""
     if dtype == torch.float32:
         return Config(32, 32, 32, 4, 2)
+    if rank > 64:
+        return Config(32, 64, 32, 8, 2)
     if rank > 16:
-        return Config(64, 64, 32, 4, 2)
+        return Config(64, 64, 32, 8, 2)
+    if cc >= 90:
+        return Config(128, 64, 32, 8, 3)
     return Config(128, 128, 32, 8, 3)
 
 
@@ -272,7 +281,8 @@ def product_triton(
         x, weight, x if packed is None else packed, left.detach(), right.detach(), x if bias is None else bias.detach(),
         y, x.shape[0], m, k, rank,
         x.stride(0), *weight.stride(), 0 if packed is None else packed.stride(0), *left.stride(), *right.stride(),
-        MASKED=packed is not None, ALONG_M=transposed, HAS_BIAS=bias is not None, PRECISION="ieee", WIDEN=_interpreted(), RANK=_padded(rank),
+        MASKED=packed is not None, ALONG_M=transposed, HAS_BIAS=bias is not None,
+        PRECISION="ieee", WIDEN=_interpreted(), RANK=_padded(rank),
         BLOCK_M=config.outer, BLOCK_T=config.inner, BLOCK_K=config.step,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -285,8 +295,9 @@ def factor_gradients_triton(
     """dleft [p, rank] and dright [rank, q] (both contiguous) from u [tokens, p] and v [tokens, q]."""
     u, v = _inner_contiguous(u), _inner_contiguous(v)
     (tokens, p), q, rank = u.shape, v.shape[1], left.shape[1]
-    config = factor_gradients_config(u.dtype, rank)
-    tiles_p, tiles_q = rectangle(p, q, tokens, rank, target(u), config)
+    cc = target(u)
+    config = factor_gradients_config(u.dtype, rank, cc)
+    tiles_p, tiles_q = rectangle(p, q, tokens, rank, cc, config)
     grid = (-(-p // (config.outer * tiles_p)), -(-q // (config.inner * tiles_q)))
     left_parts = u.new_empty(grid[1], p, rank, dtype=torch.float32)
     right_parts = u.new_empty(grid[0], rank, q, dtype=torch.float32)

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 def test_kernels_interpreted():
     here = Path(__file__).parent
-    files = [str(here / "test_triton.py"), str(here / "test_triton_shapes.py")]
+    files = [str(here / f"test_triton{name}.py") for name in ("", "_shapes", "_masked_lora")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True)
