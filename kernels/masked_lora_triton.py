@@ -231,7 +231,7 @@ def product_config(dtype: torch.dtype, tokens: int, rank: int) -> Config:
     return Config(128, 128, 32 if rank > 64 else 64, 8, 3)
 
 
-def factor_gradients_config(dtype: torch.dtype, rank: int, cc: int) -> Config:
+def factor_gradients_config(dtype: torch.dtype, rank: int) -> Config:
     """Tiles of `factor_gradients_kernel`: the largest known to leave no register spilled."""
     if dtype == torch.float32:
         return Config(32, 32, 32, 4, 2)
@@ -239,8 +239,6 @@ def factor_gradients_config(dtype: torch.dtype, rank: int, cc: int) -> Config:
         return Config(32, 64, 32, 8, 2)
     if rank > 16:
         return Config(64, 64, 32, 8, 2)
-    if cc >= 90:
-        return Config(128, 64, 32, 8, 3)
     return Config(128, 128, 32, 8, 3)
 
 
@@ -296,7 +294,7 @@ def factor_gradients_triton(
     u, v = _inner_contiguous(u), _inner_contiguous(v)
     (tokens, p), q, rank = u.shape, v.shape[1], left.shape[1]
     cc = target(u)
-    config = factor_gradients_config(u.dtype, rank, cc)
+    config = factor_gradients_config(u.dtype, rank)
     tiles_p, tiles_q = rectangle(p, q, tokens, rank, cc, config)
     grid = (-(-p // (config.outer * tiles_p)), -(-q // (config.inner * tiles_q)))
     left_parts = u.new_empty(grid[1], p, rank, dtype=torch.float32)
