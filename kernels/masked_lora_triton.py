@@ -232,7 +232,7 @@ def product_config(dtype: torch.dtype, tokens: int, rank: int) -> Config:
 
 
 def factor_gradients_config(dtype: torch.dtype, rank: int) -> Config:
-    """Tiles of `factor_gradients_kernel`: the largest known to leave no register spilled."""
+    """Tiles of `factor_gradients_kernel`, so that no register is spilled; rank 128 still spills 24 bytes (sm_80)."""
     if dtype == torch.float32:
         return Config(32, 32, 32, 4, 2)
     if rank > 64:
