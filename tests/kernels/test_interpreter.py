@@ -10,7 +10,13 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-FILES = ["test_triton.py", "test_triton_shapes.py", "test_metric_triton.py"]
+FILES = [
+    "test_triton.py",
+    "test_triton_shapes.py",
+    "test_metric_triton.py",
+    "test_linear_triton.py",
+    "test_masked_lora_triton.py",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The kernels of the compressed linear layer against the reference: interpreted, or on a device.
 
-TRITON_INTERPRET=1 pytest tests/kernels/test_linear_triton.py        (test_linear_interpreter.py runs this)
+TRITON_INTERPRET=1 pytest tests/kernels/test_linear_triton.py        (test_interpreter.py runs this)
 pytest -m gpu tests/kernels/test_linear_triton.py
 """
 

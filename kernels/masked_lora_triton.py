@@ -1,0 +1,329 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Triton kernels of kernels/masked_lora.py.
+
+`product_kernel` computes yᵀ = E xᵀ + b: a tile of E is formed in registers from a tile of W, the small product of the
+factors and the mask's bits, and is the first operand of the tensor cores where it is.
+
+`factor_gradients_kernel`: a program owns a rectangle of tiles of G = M ⊙ uᵀv. For each it sums over all tokens in
+registers, masks, and multiplies by the factors. What belongs to a row of tiles (dleft) stays in registers; what belongs
+to a column (dright) is added, tile by tile, to the program's own fp32 partial, which stays in the L2 cache.
+`sum_parts_kernel` then adds the partials of all programs in a fixed order: two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trisparse.kernels.launch import launch, target
+from trisparse.kernels.score_triton import widen
+
+# Streaming multiprocessors and, in microseconds, a 128x128 tile of G per token on one of them (bf16 tensor cores) and a
+# byte of partials written and read from memory: A100 (312 TFLOP/s, 2039 GB/s), H100 (989 TFLOP/s, 3350 GB/s).
+_DEVICES = {80: (108, 2 * 128 * 128 * 108 / 312e6, 2 / 2039e3), 90: (132, 2 * 128 * 128 * 132 / 989e6, 2 / 3350e3)}
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """a b in fp32. WIDEN where interpreted: the interpreter would multiply the bits of bf16 numbers as integers."""
+    if WIDEN:
+        return tl.dot(widen(a), widen(b), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def expand_rows(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Bytes [ROWS, COLS/8], whose bits run along a row -> bool [ROWS, COLS]."""
+    bits = packed[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]
+    return (tl.reshape(bits, [ROWS, COLS]) & 1) != 0
+
+
+@triton.jit
+def expand_cols(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Bytes [ROWS/8, COLS], whose bits run along a column -> bool [ROWS, COLS]."""
+    bits = packed[:, None, :] >> tl.arange(0, 8).to(tl.uint8)[None, :, None]
+    return (tl.reshape(bits, [ROWS, COLS]) & 1) != 0
+
+
+@triton.jit
+def product_kernel(
+    x_ptr,  # [tokens, k]
+    w_ptr,  # [m, k] by its strides
+    packed_ptr,  # uint8 [m, ceil(k/8)], or [k, ceil(m/8)] where ALONG_M
+    left_ptr,  # [m, rank] by its strides
+    right_ptr,  # [rank, k] by its strides
+    bias_ptr,  # [m]
+    y_ptr,  # [tokens, m], contiguous
+    tokens, m, k, rank,
+    stride_xt, stride_wm, stride_wk, stride_packed, stride_lm, stride_lr, stride_rr, stride_rk,
+    MASKED: tl.constexpr,
+    ALONG_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs share a tile row of W, which then comes from the L2 cache.
+    token_blocks = tl.cdiv(tokens, BLOCK_T)
+    o_t = (tl.program_id(0) % token_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    block_m = (tl.program_id(0) // token_blocks).to(tl.int64)
+    o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = tl.arange(0, RANK)
+    m_m, m_t = o_m < m, o_t < tokens
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    p_left = left_ptr + o_m[:, None] * stride_lm + o_r[None, :] * stride_lr
+    left = tl.load(p_left, mask=m_m[:, None] & (o_r < rank)[None, :], other=0.0).to(dtype)
+    acc = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        o_k = start + tl.arange(0, BLOCK_K)
+        m_k = o_k < k
+        p_right = right_ptr + o_r[:, None] * stride_rr + o_k[None, :].to(tl.int64) * stride_rk
+        right = tl.load(p_right, mask=(o_r < rank)[:, None] & m_k[None, :], other=0.0).to(dtype)
+        m_w = m_m[:, None] & m_k[None, :]
+        w = tl.load(w_ptr + o_m[:, None] * stride_wm + o_k[None, :].to(tl.int64) * stride_wk, mask=m_w, other=0.0)
+        update = dot(left, right, PRECISION, WIDEN)
+        if MASKED:
+            if ALONG_M:
+                o_byte = block_m * (BLOCK_M // 8) + tl.arange(0, BLOCK_M // 8)
+                p_packed = packed_ptr + o_k[None, :].to(tl.int64) * stride_packed + o_byte[:, None]
+                packed = tl.load(p_packed, mask=m_k[None, :] & (o_byte < tl.cdiv(m, 8))[:, None], other=0)
+                keep = expand_cols(packed, BLOCK_M, BLOCK_K)
+            else:
+                o_byte = start // 8 + tl.arange(0, BLOCK_K // 8)
+                p_packed = packed_ptr + o_m[:, None] * stride_packed + o_byte[None, :]
+                packed = tl.load(p_packed, mask=m_m[:, None] & (o_byte < tl.cdiv(k, 8))[None, :], other=0)
+                keep = expand_rows(packed, BLOCK_M, BLOCK_K)
+            # W is zero where pruned, and E must be, too, whatever the factors hold.
+            effective = tl.where(keep, w.to(tl.float32) + update, 0.0)
+        else:
+            effective = w.to(tl.float32) * update
+        p_x = x_ptr + o_t[:, None] * stride_xt + o_k[None, :]
+        x = tl.load(p_x, mask=m_t[:, None] & m_k[None, :], other=0.0)
+        acc += dot(effective.to(dtype), tl.trans(x), PRECISION, WIDEN)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + o_m, mask=m_m, other=0.0).to(tl.float32)[:, None]
+    p_y = y_ptr + o_t[:, None] * m + o_m[None, :]
+    tl.store(p_y, tl.trans(acc).to(dtype), mask=m_t[:, None] & m_m[None, :])
+
+
+@triton.jit
+def factor_gradients_kernel(
+    u_ptr,  # [tokens, p]
+    v_ptr,  # [tokens, q]
+    w_ptr,  # [p, q], where the gradient is scaled by it
+    packed_ptr,  # uint8 [p, ceil(q/8)], where it is masked
+    left_ptr,  # [p, rank] by its strides
+    right_ptr,  # [rank, q] by its strides
+    dleft_ptr,  # fp32 [programs along q, p, rank]
+    dright_ptr,  # fp32 [programs along p, rank, q]
+    tokens, p, q, rank, tiles_p, tiles_q,
+    stride_ut, stride_vt, stride_w, stride_packed, stride_lp, stride_lr, stride_rr, stride_rq,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_r = tl.arange(0, RANK)
+    m_r = o_r < rank
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    for i in range(tiles_p):
+        o_p = (row * tiles_p + i) * BLOCK_P + tl.arange(0, BLOCK_P)
+        m_p = o_p < p
+        # The first operand of a product is held by every warp that shares its rows: G where the rank is large, the
+        # factors where it is small.
+        if RANK > 16:
+            dleft = tl.zeros([BLOCK_P, RANK], tl.float32)
+        else:
+            dleft = tl.zeros([RANK, BLOCK_P], tl.float32)
+            p_left = left_ptr + o_p[None, :] * stride_lp + o_r[:, None] * stride_lr
+            left_t = tl.load(p_left, mask=m_r[:, None] & m_p[None, :], other=0.0).to(dtype)
+        for j in range(tiles_q):
+            o_q = (col * tiles_q + j) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            m_q = o_q < q
+            acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
+            for start in range(0, tokens, BLOCK_T):
+                o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+                m_t = o_t < tokens
+                u = tl.load(
+                    u_ptr + o_t[:, None] * stride_ut + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0
+                )
+                v = tl.load(
+                    v_ptr + o_t[:, None] * stride_vt + o_q[None, :], mask=m_t[:, None] & m_q[None, :], other=0.0
+                )
+                acc += dot(tl.trans(u), v, PRECISION, WIDEN)
+            if MASKED:
+                o_byte = (col * tiles_q + j) * (BLOCK_Q // 8) + tl.arange(0, BLOCK_Q // 8)
+                p_packed = packed_ptr + o_p[:, None] * stride_packed + o_byte[None, :]
+                packed = tl.load(p_packed, mask=m_p[:, None] & (o_byte < tl.cdiv(q, 8))[None, :], other=0)
+                acc = tl.where(expand_rows(packed, BLOCK_P, BLOCK_Q), acc, 0.0)
+            else:
+                p_w = w_ptr + o_p[:, None] * stride_w + o_q[None, :]
+                acc *= tl.load(p_w, mask=m_p[:, None] & m_q[None, :], other=0.0).to(tl.float32)
+            gradient = acc.to(dtype)
+            p_right = right_ptr + o_q[None, :] * stride_rq + o_r[:, None] * stride_rr
+            right = tl.load(p_right, mask=m_r[:, None] & m_q[None, :], other=0.0).to(dtype)
+            if RANK > 16:
+                # Read again for every tile: kept, it would take registers from the sum over the tokens.
+                p_left = left_ptr + o_p[:, None] * stride_lp + o_r[None, :] * stride_lr
+                left = tl.load(p_left, mask=m_p[:, None] & m_r[None, :], other=0.0).to(dtype)
+                dleft += dot(gradient, tl.trans(right), PRECISION, WIDEN)
+                dright = tl.trans(dot(tl.trans(gradient), left, PRECISION, WIDEN))
+            else:
+                dleft += dot(right, tl.trans(gradient), PRECISION, WIDEN)
+                dright = dot(left_t, gradient, PRECISION, WIDEN)
+            p_dright = dright_ptr + (row * rank + o_r[:, None]) * q + o_q[None, :]
+            m_right = m_r[:, None] & m_q[None, :]
+            # What earlier rows of tiles left here was perhaps written by other threads of this program.
+            tl.debug_barrier()
+            dright += tl.load(p_dright, mask=m_right & (i > 0), other=0.0)
+            tl.store(p_dright, dright, mask=m_right)
+        if RANK > 16:
+            p_dleft = dleft_ptr + (col * p + o_p[:, None]) * rank + o_r[None, :]
+            tl.store(p_dleft, dleft, mask=m_p[:, None] & m_r[None, :])
+        else:
+            p_dleft = dleft_ptr + (col * p + o_p[None, :]) * rank + o_r[:, None]
+            tl.store(p_dleft, dleft, mask=m_r[:, None] & m_p[None, :])
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts_ptr,  # fp32 [parts, size]
+    out_ptr,  # [size]
+    size, parts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        total += tl.load(parts_ptr + part * size + o, mask=o < size, other=0.0)
+    tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=o < size)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of one kernel: outputs by tokens (or rows by columns of G), and the step of the sum."""
+
+    outer: int
+    inner: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+def product_config(dtype: torch.dtype, tokens: int, rank: int) -> Config:
+    """Tiles of `product_kernel`."""
+    if dtype == torch.float32:  # exact products, in the cores for fp32
+        return Config(64, 64, 32, 4, 2)
+    if tokens <= 32:
+        return Config(64, 32, 64, 4, 3)
+    return Config(128, 128, 32 if rank > 64 else 64, 8, 3)
+
+
+def factor_gradients_config(dtype: torch.dtype, rank: int) -> Config:
+    """Tiles of `factor_gradients_kernel`, so that no register is spilled; rank 128 still spills 24 bytes (sm_80)."""
+    if dtype == torch.float32:
+        return Config(32, 32, 32, 4, 2)
+    if rank > 64:
+        return Config(32, 64, 32, 8, 2)
+    if rank > 16:
+        return Config(64, 64, 32, 8, 2)
+    return Config(128, 128, 32, 8, 3)
+
+
+def rectangle(p: int, q: int, tokens: int, rank: int, cc: int, config: Config) -> tuple[int, int]:
+    """Tiles along p and q of one program of `factor_gradients_kernel`.
+
+    A larger rectangle leaves fewer partials; too large a one leaves processors without work. Chosen for the least sum
+    of the times that the tensor cores and the partials' bytes take at the peaks of the device.
+    """
+    processors, tile_us, byte_us = _DEVICES[90 if cc >= 90 else 80]
+    rows, cols = -(-p // config.outer), -(-q // config.inner)
+    tile_us *= tokens * config.outer * config.inner / 128**2
+
+    def cost(i: int, j: int) -> tuple[float, int]:
+        programs_p, programs_q = -(-rows // i), -(-cols // j)
+        waves = -(-programs_p * programs_q // processors)
+        partials = 4 * rank * (programs_p * q + programs_q * p)
+        return waves * i * j * tile_us + partials * byte_us, partials
+
+    most = max(1, 2 * rows * cols // processors)
+    sizes = [(i, j) for i in range(1, min(rows, most) + 1) for j in range(1, min(cols, most // i) + 1)]
+    return min(sizes, key=lambda size: cost(*size))
+
+
+def product_triton(
+    x: Tensor, weight: Tensor, packed: Tensor | None, left: Tensor, right: Tensor, bias: Tensor | None, y: Tensor,
+    transposed: bool,
+) -> None:  # fmt: skip
+    """y = x Eᵀ + b, or x E + b if ``transposed``."""
+    x, weight = _inner_contiguous(x), weight.detach()
+    if transposed:
+        weight, left, right = weight.t(), right.t(), left.t()
+    (m, k), rank = weight.shape, left.shape[1]
+    config = product_config(x.dtype, x.shape[0], rank)
+    launch(
+        product_kernel,
+        (-(-x.shape[0] // config.inner) * -(-m // config.outer),),
+        x, weight, x if packed is None else packed, left.detach(), right.detach(), x if bias is None else bias.detach(),
+        y, x.shape[0], m, k, rank,
+        x.stride(0), *weight.stride(), 0 if packed is None else packed.stride(0), *left.stride(), *right.stride(),
+        MASKED=packed is not None, ALONG_M=transposed, HAS_BIAS=bias is not None,
+        PRECISION="ieee", WIDEN=_interpreted(), RANK=_padded(rank),
+        BLOCK_M=config.outer, BLOCK_T=config.inner, BLOCK_K=config.step,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def factor_gradients_triton(
+    u: Tensor, v: Tensor, weight: Tensor | None, packed: Tensor | None, left: Tensor, right: Tensor, dleft: Tensor,
+    dright: Tensor,
+) -> None:  # fmt: skip
+    """dleft [p, rank] and dright [rank, q] (both contiguous) from u [tokens, p] and v [tokens, q]."""
+    u, v = _inner_contiguous(u), _inner_contiguous(v)
+    (tokens, p), q, rank = u.shape, v.shape[1], left.shape[1]
+    cc = target(u)
+    config = factor_gradients_config(u.dtype, rank)
+    tiles_p, tiles_q = rectangle(p, q, tokens, rank, cc, config)
+    grid = (-(-p // (config.outer * tiles_p)), -(-q // (config.inner * tiles_q)))
+    left_parts = u.new_empty(grid[1], p, rank, dtype=torch.float32)
+    right_parts = u.new_empty(grid[0], rank, q, dtype=torch.float32)
+    launch(
+        factor_gradients_kernel,
+        grid,
+        u, v, u if weight is None else weight.detach(), u if packed is None else packed, left.detach(), right.detach(),
+        left_parts, right_parts, tokens, p, q, rank, tiles_p, tiles_q,
+        u.stride(0), v.stride(0), 0 if weight is None else weight.stride(0), 0 if packed is None else packed.stride(0),
+        *left.stride(), *right.stride(),
+        MASKED=packed is not None, PRECISION="ieee", WIDEN=_interpreted(), RANK=_padded(rank),
+        BLOCK_P=config.outer, BLOCK_Q=config.inner, BLOCK_T=config.step,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    for parts, out in ((left_parts, dleft), (right_parts, dright)):
+        size = out.numel()
+        launch(sum_parts_kernel, (-(-size // 512),), parts, out, size, parts.shape[0], BLOCK=512)
+
+
+def _inner_contiguous(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _padded(rank: int) -> int:
+    """The rank as the tensor cores take it."""
+    return max(16, triton.next_power_of_2(rank))
