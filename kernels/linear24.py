@@ -1,7 +1,7 @@
 """The 2:4 linear layer on sparse tensor cores: y = x W^T + b + s (x A^T) B^T, with W in fragment order.
 
 x [..., cols], W [rows, cols] 2:4 along its columns, b [rows], A [rank, cols], B [rows, rank] -> y [..., rows], all in
-bf16 or all in fp16, summed in fp32. Forward only. Source: mma.sp::ordered_metadata.m16n8k32 of the PTX ISA (9.7.14,
+bf16 or all in fp16, summed in fp32. Source: mma.sp::ordered_metadata.m16n8k32 of the PTX ISA (9.7.14,
 "Matrix multiply-accumulate operation using mma.sp instruction with sparse matrix A"); LoRA (Hu et al. 2022,
 https://arxiv.org/abs/2106.09685).
 
@@ -28,12 +28,15 @@ its registers side by side. It takes as many bytes. Rows are a multiple of 16, c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trisparse.kernels.compressed import CompressedWeight
 from trisparse.kernels.launch import by_kernel, launch, target
+from trisparse.kernels.linear import linear_backward
 from trisparse.kernels.operation import Operation
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -121,7 +124,8 @@ def linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None
     """y = x W^T + bias + scale (x A^T) B^T for a packed 2:4 weight, in one kernel on sparse tensor cores.
 
     The same inputs give the same bits: partial sums are added up in a fixed order. On the CPU, W is made dense a few
-    rows at a time. There is no backward: a gradient that reaches y raises.
+    rows at a time. Differentiable in x, bias, A and B: dx takes W back into row order (its compressed bytes once more)
+    and is what `linear` of kernels/linear.py has, since the transpose of a 2:4 weight is not 2:4.
 
     Args:
         x: [..., cols] of the dtype of values, any number of tokens.
@@ -197,6 +201,35 @@ def _fake(
 
 
 _LINEAR24 = Operation("linear24", _run, _fake)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, meta, _, a, b, ctx.scale = inputs
+    keeps_x = a is not None and (a.requires_grad or b.requires_grad)
+    ctx.save_for_backward(x if keeps_x else None, values, meta, a, b)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, meta, a, b = ctx.saved_tensors
+    dx = dbias = da = db = dy_b = None
+    dy_rows = dy.reshape(-1, dy.shape[-1])
+    if ctx.needs_input_grad[0]:
+        kept, words = unpack24(values, meta)
+        weight = CompressedWeight("2:4", (dy.shape[-1], 2 * kept.shape[1]), 2, 4, kept, words)
+        lora = None if a is None else (a, b, ctx.scale)
+        dx, dy_b = linear_backward(dy_rows, weight, lora)
+        dx = dx.reshape(*dy.shape[:-1], weight.shape[1])
+    if ctx.needs_input_grad[3]:
+        dbias = dy_rows.sum(0)
+    if ctx.needs_input_grad[4]:
+        dy_b = dy_rows @ b if dy_b is None else dy_b
+        da = (dy_b.T @ x.reshape(-1, x.shape[-1])) * ctx.scale
+    if ctx.needs_input_grad[5]:
+        db = (dy_rows.T @ (x.reshape(-1, x.shape[-1]) @ a.T)) * ctx.scale
+    return dx, None, None, dbias, da, db, None
+
+
+_LINEAR24.register_autograd(_backward, _save)
 
 
 @dataclass(frozen=True)

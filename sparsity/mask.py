@@ -23,6 +23,15 @@ class MaskError(RuntimeError):
     """A pruned weight is not zero, or a mask does not fit its parameter."""
 
 
+class HoldsMask:
+    """A module whose ``weight`` cannot be but zero where its ``mask`` prunes."""
+
+    @property
+    def mask(self) -> Mask:
+        """Which weights are kept."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Mask:
     """Kept positions of one parameter.
@@ -118,6 +127,8 @@ def _zero(weight: Tensor, mask: Mask) -> None:
 
 def mask_of(module: nn.Module, param: str = "weight") -> Mask | None:
     """The mask attached to ``module.<param>``, or None."""
+    if isinstance(module, HoldsMask) and param == "weight":
+        return module.mask
     attached: dict[str, Mask] = module.__dict__.get(_ATTRIBUTE, {})
     return attached.get(param)
 
@@ -131,6 +142,8 @@ def masks(model: nn.Module) -> dict[str, Mask]:
     """Every mask in ``model``, by parameter name (as in ``named_parameters``)."""
     found = {}
     for prefix, module in model.named_modules():
+        if isinstance(module, HoldsMask):
+            found[f"{prefix}.weight" if prefix else "weight"] = module.mask
         for param, mask in module.__dict__.get(_ATTRIBUTE, {}).items():
             found[f"{prefix}.{param}" if prefix else param] = mask
     return found
@@ -152,7 +165,10 @@ def check_masks(model: nn.Module) -> None:
     """
     broken = []
     for name, mask in masks(model).items():
-        weight = model.get_parameter(name)
+        owner, _, param = name.rpartition(".")
+        if isinstance(model.get_submodule(owner), HoldsMask):
+            continue
+        weight = model.get_submodule(owner).get_parameter(param)
         if weight.shape != mask.shape:
             broken.append(f"{name}: shape {tuple(weight.shape)}, mask {tuple(mask.shape)}")
         elif alive := int(((weight != 0) & ~mask.dense(weight.device)).sum()):

@@ -119,7 +119,7 @@ class SparsityReport:
             f"{self.sparsity:.2%} of {self.total:,} weights pruned, {self.model_sparsity:.2%} of all "
             f"{self.parameters:,} parameters, in {self.seconds:.1f} s{data}"
         )
-        return _as_text(table, left_out, *notes)
+        return as_text(table, left_out, *notes)
 
 
 def describe_masks(model: nn.Module) -> str:
@@ -127,7 +127,7 @@ def describe_masks(model: nn.Module) -> str:
     rows = [TargetReport(n, tuple(m.shape), str(m.pattern), m.kept, m.shape.numel()) for n, m in masks(model).items()]
     kept, total = sum(row.kept for row in rows), sum(row.total for row in rows)
     table = _target_table("masks", rows)
-    return _as_text(table, f"{1 - kept / total:.2%} of {total:,} weights pruned" if rows else "no masks")
+    return as_text(table, f"{1 - kept / total:.2%} of {total:,} weights pruned" if rows else "no masks")
 
 
 def _target_table(title: str, targets: Sequence[TargetReport]) -> Table:
@@ -148,7 +148,7 @@ def _target_table(title: str, targets: Sequence[TargetReport]) -> Table:
     return table
 
 
-def _as_text(*parts: Table | str) -> str:
+def as_text(*parts: Table | str) -> str:
     """What rich prints, without colours, at a width that does not depend on the terminal."""
     out = io.StringIO()
     console = Console(file=out, width=120, color_system=None, highlight=False)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from trisparse.retrain.report import RetrainReport
     from trisparse.sparsity.capture import BlocksNotChainedError
     from trisparse.sparsity.checkpoint import CheckpointError, load, save
+    from trisparse.sparsity.compression import CompressionReport, compress, decompress
+    from trisparse.sparsity.linear import SparseLinear
     from trisparse.sparsity.mask import Mask, MaskError, check_masks, masks
     from trisparse.sparsity.metric import Metric
     from trisparse.sparsity.pattern import NM, Pattern, Rows, Unstructured
@@ -30,6 +32,7 @@ _HOME = {
     "NM": "sparsity.pattern",
     "BlocksNotChainedError": "sparsity.capture",
     "CheckpointError": "sparsity.checkpoint",
+    "CompressionReport": "sparsity.compression",
     "Mask": "sparsity.mask",
     "MaskError": "sparsity.mask",
     "Metric": "sparsity.metric",
@@ -38,9 +41,12 @@ _HOME = {
     "RetrainError": "retrain.loop",
     "RetrainReport": "retrain.report",
     "Rows": "sparsity.pattern",
+    "SparseLinear": "sparsity.linear",
     "SparsityReport": "sparsity.report",
     "Unstructured": "sparsity.pattern",
     "check_masks": "sparsity.mask",
+    "compress": "sparsity.compression",
+    "decompress": "sparsity.compression",
     "load": "sparsity.checkpoint",
     "masks": "sparsity.mask",
     "perplexity": "sparsity.perplexity",
@@ -52,6 +58,7 @@ __all__ = [
     "NM",
     "BlocksNotChainedError",
     "CheckpointError",
+    "CompressionReport",
     "Mask",
     "MaskError",
     "Metric",
@@ -60,9 +67,12 @@ __all__ = [
     "RetrainError",
     "RetrainReport",
     "Rows",
+    "SparseLinear",
     "SparsityReport",
     "Unstructured",
     "check_masks",
+    "compress",
+    "decompress",
     "load",
     "masks",
     "perplexity",
