@@ -12,7 +12,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from trisparse.retrain.groups import ParameterGroups
-from trisparse.retrain.lora import mask_lora_modules
+from trisparse.retrain.sparse_lora_config import sparse_lora_modules
 from trisparse.sparsity.interrupt import interrupt_after
 
 
@@ -101,7 +101,7 @@ class Adapted:
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             # PEFT 0.21 asks by the older name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            self.peft = get_peft_model(self.model, mask_lora_modules(config))
+            self.peft = get_peft_model(self.model, sparse_lora_modules(config, "mask_lora"))
         for name in self.norms:
             self._active(name).float()
         chosen = {id(param) for param, _ in self._biases}

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import masks
 
 GROUPS = ("biases", "norms", "head", "lora")
@@ -28,7 +29,7 @@ class ParameterGroups:
         biases: parameters; every bias that is not a norm's.
         norms: modules; LayerNorm, RMSNorm, BatchNorm, GroupNorm and the models' own kinds.
         head: the output head's module, or none.
-        lora: modules; every pruned nn.Linear and Conv1D but the head.
+        lora: modules; every pruned nn.Linear, Conv1D and SparseLinear but the head.
         not_covered: pruned parameters that LoRA does not reach, each with the reason.
     """
 
@@ -53,14 +54,15 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def takes_lora(module: nn.Module) -> bool:
-    """Whether LoRA can stand in for ``module``: nn.Linear or Conv1D with the forward of that class.
+    """Whether LoRA can stand in for ``module``: nn.Linear, Conv1D or SparseLinear with the forward of that class.
 
     A subclass with another forward computes something else, and a MultiheadAttention reads the weight of its
     ``out_proj`` without calling it.
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, Conv1D))
+    kinds = (nn.Linear, Conv1D, SparseLinear)
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def head_of(model: nn.Module) -> str | None:
@@ -91,7 +93,9 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
         module = modules[name]
         if name == head:
             continue
-        if attribute != "weight" or not takes_lora(module):
+        if isinstance(module, SparseLinear):  # its weight is no parameter
+            lora.append(name)
+        elif attribute != "weight" or not takes_lora(module):
             shape = "x".join(map(str, model.get_parameter(param).shape))
             not_covered.append(f"{param}: {type(module).__name__} [{shape}] is neither nn.Linear nor Conv1D")
         elif places[id(module.weight)] > 1:

@@ -24,6 +24,7 @@ from trisparse.retrain.loop import RetrainError, Watch, mean_loss, random_state_
 from trisparse.retrain.report import PeakMemory, RetrainReport
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.hardware import bf16_is_fast
+from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import check_masks, masks
 from trisparse.sparsity.targets import is_peft_wrapped
 
@@ -135,7 +136,8 @@ def retrain(
     the head alone (``tie_word_embeddings`` is False from then on; the report says so).
 
     Args:
-        model: a transformers causal language model with attached masks (:mod:`trisparse.sparsity.mask`).
+        model: a transformers causal language model with attached masks (:mod:`trisparse.sparsity.mask`), or compressed
+            (:func:`trisparse.sparsity.compression.compress`), which it stays.
         data: to train on; token ids or text, see :func:`trisparse.sparsity.data.token_windows`.
         config: what trains, and how.
         tokenizer: for text.
@@ -150,7 +152,8 @@ def retrain(
     groups = parameter_groups_for(model, config)
     dtype = autocast_dtype(model, config)
     windows, held_out = _windows(model, data, validation, config, tokenizer)
-    total = sum(param.numel() for param in model.parameters())
+    compressed = sum(layer.in_features * layer.out_features for layer in _compressed_layers(model))
+    total = sum(param.numel() for param in model.parameters()) + compressed
     device = next(model.parameters()).device
 
     watch = Watch(config.steps, progress=progress)
@@ -211,6 +214,10 @@ def parameter_groups_for(model: Any, config: PERPConfig) -> ParameterGroups:
     return groups
 
 
+def _compressed_layers(model: Any) -> list[SparseLinear]:
+    return [module for module in model.modules() if isinstance(module, SparseLinear)]
+
+
 def _present(groups: ParameterGroups) -> str:
     return ", ".join(group for group in GROUPS if getattr(groups, group)) or "none of the groups"
 
@@ -221,7 +228,7 @@ def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:
     Raises:
         ValueError: fp32 asked for a model in another dtype, or a model in fp16.
     """
-    dtypes = {param.dtype for param in model.parameters()}
+    dtypes = {param.dtype for param in model.parameters()} | {layer.values.dtype for layer in _compressed_layers(model)}
     if torch.float16 in dtypes:
         raise ValueError("model is in fp16, whose gradients underflow: load it in bf16 or fp32")
     if torch.bfloat16 in dtypes:

@@ -61,7 +61,7 @@ class RetrainReport:
         tokens: tokens trained on, over all steps.
         seconds: wall time of the training loop alone.
         trainable: trained parameters per group asked for; 0 where the model has none of that group.
-        total_parameters: parameters of the model before retraining, a shared one counted once.
+        total_parameters: parameters of the model before retraining, a shared one counted once, pruned ones included.
         losses: training loss of each step (nats per token, before that step's update).
         peak_memory_bytes: peak while training; see :class:`PeakMemory`.
         untied_head: whether the head got a weight of its own, having shared the input embedding's.

@@ -187,6 +187,11 @@ class SparseLinear(nn.Module, HoldsMask):
         return self.compressed().decompress() if self.dense is None else self.dense
 
     @property
+    def qweight(self) -> Tensor:
+        """The stored values; PEFT asks a layer for its device here before it asks ``weight``, which decompresses."""
+        return self.values
+
+    @property
     def mask(self) -> Mask:
         """Which weights are kept."""
         weight = self.compressed()

@@ -12,9 +12,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trisparse.retrain.effective_sparsity import EffectiveSparsity, effective_sparsity
     from trisparse.retrain.loop import RetrainError
     from trisparse.retrain.perp import PERPConfig, retrain
     from trisparse.retrain.report import RetrainReport
+    from trisparse.retrain.sparse_lora_config import SparseLoraConfig, load_adapters, sparse_lora_modules
     from trisparse.sparsity.capture import BlocksNotChainedError
     from trisparse.sparsity.checkpoint import CheckpointError, load, save
     from trisparse.sparsity.compression import CompressionReport, compress, decompress
@@ -33,6 +35,7 @@ _HOME = {
     "BlocksNotChainedError": "sparsity.capture",
     "CheckpointError": "sparsity.checkpoint",
     "CompressionReport": "sparsity.compression",
+    "EffectiveSparsity": "retrain.effective_sparsity",
     "Mask": "sparsity.mask",
     "MaskError": "sparsity.mask",
     "Metric": "sparsity.metric",
@@ -42,15 +45,19 @@ _HOME = {
     "RetrainReport": "retrain.report",
     "Rows": "sparsity.pattern",
     "SparseLinear": "sparsity.linear",
+    "SparseLoraConfig": "retrain.sparse_lora_config",
     "SparsityReport": "sparsity.report",
     "Unstructured": "sparsity.pattern",
     "check_masks": "sparsity.mask",
     "compress": "sparsity.compression",
     "decompress": "sparsity.compression",
+    "effective_sparsity": "retrain.effective_sparsity",
     "load": "sparsity.checkpoint",
+    "load_adapters": "retrain.sparse_lora_config",
     "masks": "sparsity.mask",
     "perplexity": "sparsity.perplexity",
     "save": "sparsity.checkpoint",
+    "sparse_lora_modules": "retrain.sparse_lora_config",
     "sparsify": "sparsity.sparsify",
 }
 
@@ -59,6 +66,7 @@ __all__ = [
     "BlocksNotChainedError",
     "CheckpointError",
     "CompressionReport",
+    "EffectiveSparsity",
     "Mask",
     "MaskError",
     "Metric",
@@ -68,16 +76,20 @@ __all__ = [
     "RetrainReport",
     "Rows",
     "SparseLinear",
+    "SparseLoraConfig",
     "SparsityReport",
     "Unstructured",
     "check_masks",
     "compress",
     "decompress",
+    "effective_sparsity",
     "load",
+    "load_adapters",
     "masks",
     "perplexity",
     "retrain",
     "save",
+    "sparse_lora_modules",
     "sparsify",
 ]
 

@@ -1,0 +1,99 @@
+"""LoRA for a model with compressed layers: its config, which remembers the variant, and adapters back from a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from trisparse.retrain.lora import MaskLoraLinear
+from trisparse.retrain.sparse_lora import VARIANTS, SparseLoraLinear
+from trisparse.sparsity.linear import SparseLinear
+from trisparse.sparsity.mask import mask_of
+
+Variant = Literal["lora", "lora_prune", "mask_lora", "scale_lora"]
+
+
+@dataclass
+class SparseLoraConfig(LoraConfig):  # type: ignore[misc]
+    """PEFT's LoraConfig for a model with compressed layers; ``variant`` is saved in ``adapter_config.json``.
+
+    Compressed layers get a :class:`SparseLoraLinear`. Of the others, with "mask_lora" every linear gets a
+    ``MaskLoraLinear``; with another variant a linear without a mask gets PEFT's own LoRA, and one with a mask is
+    refused.
+
+    Raises:
+        ValueError: an unknown variant.
+    """
+
+    variant: str = "mask_lora"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        super().__post_init__()
+        self._register_custom_module({SparseLinear: SparseLoraLinear, nn.Linear: _dense_layer, Conv1D: _dense_layer})
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> SparseLoraConfig:
+        """This class from saved options; PEFT's own takes the class from ``peft_type`` and would lose the variant.
+
+        Raises:
+            ValueError: the options name no variant.
+        """
+        if kwargs.get("variant") is None:
+            raise ValueError("the adapter's config names no variant: say which of " + ", ".join(VARIANTS) + " it is")
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        if unknown := sorted(set(kwargs) - known):
+            warnings.warn(f"this version of PEFT does not know the options {unknown}; they are ignored", stacklevel=3)
+        return cls(**{name: value for name, value in kwargs.items() if name in known})
+
+
+def _dense_layer(target: nn.Module, adapter_name: str, config: SparseLoraConfig, **kwargs: Any) -> nn.Module | None:
+    """The adapter of a layer that is not compressed, or None for PEFT's own."""
+    if config.variant == "mask_lora":
+        return MaskLoraLinear(target, adapter_name, config=config, **kwargs)
+    if mask_of(target) is not None:
+        raise ValueError(
+            f"{kwargs.get('target_name', 'a layer')} is pruned and not compressed, and {config.variant} is for "
+            "compressed layers: leave it out of target_modules, or use mask_lora"
+        )
+    return None
+
+
+def sparse_lora_modules(config: LoraConfig, variant: Variant = "mask_lora") -> SparseLoraConfig:
+    """A config for ``get_peft_model(model, ...)`` with the options of ``config``, for compressed and other linears."""
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    return SparseLoraConfig(**{**options, "variant": variant})
+
+
+def load_adapters(
+    model: nn.Module, folder: str | Path, adapter_name: str = "default", *, variant: Variant | None = None,
+    is_trainable: bool = False,
+) -> PeftModel:  # fmt: skip
+    """Load adapters that ``save_pretrained`` wrote onto a compressed model, or beside those of a PeftModel.
+
+    Args:
+        folder: or a model id of the Hub.
+        variant: for a folder that does not name it, such as one that PEFT's own LoRA wrote.
+
+    Raises:
+        ValueError: no variant is known, it is another than the folder's, or ``model`` has such an adapter already.
+    """
+    config = SparseLoraConfig.from_pretrained(str(folder), **({} if variant is None else {"variant": variant}))
+    if variant not in (None, config.variant):
+        raise ValueError(f"variant is {variant!r}; {folder} holds adapters of the variant {config.variant!r}")
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=is_trainable, config=config)
+    if adapter_name in model.peft_config:
+        raise ValueError(f"model has an adapter {adapter_name!r} already; give another adapter_name")
+    config.inference_mode = not is_trainable
+    model.add_adapter(adapter_name, config)
+    model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+    return model
