@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from trisparse.retrain.perp import PERPConfig, RetrainReport, retrain
+from trisparse.retrain.sparse_lora_config import SparseLoraConfig, sparse_lora_modules
+from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import Mask, attach, masks_sha256
-from trisparse.sparsity.pattern import NM
+from trisparse.sparsity.pattern import NM, Pattern
 
 VOCABULARY = 48
 
@@ -138,3 +142,68 @@ def snapshot() -> Callable[[Any], dict[str, Any]]:
 def assert_same() -> Callable[[Any, dict[str, Any]], None]:
     """``assert_same(model, snapshot)``: nothing has changed since."""
     return _assert_same
+
+
+class SparseLora:
+    """Compressed layers under adapters with random factors, and the plain formulas of what they compute."""
+
+    rank = 4
+    scale = 2.0
+
+    def dense(
+        self, pattern: Pattern, kind: type = nn.Linear, rows: int = 24, cols: int = 32, dtype: Any = torch.float64
+    ) -> nn.Module:
+        """A linear with a random mask of ``pattern``."""
+        score = torch.rand(rows, cols, generator=torch.Generator().manual_seed(0))
+        if isinstance(pattern, NM):
+            groups = score.view(rows, -1, pattern.m)
+            keep = torch.zeros_like(groups, dtype=torch.bool)
+            keep = keep.scatter_(-1, groups.topk(pattern.n, dim=-1).indices, True).view(rows, cols)
+        else:
+            keep = score > 0.5
+        torch.manual_seed(0)
+        layer = Conv1D(rows, cols) if kind is Conv1D else nn.Linear(cols, rows)
+        nn.init.normal_(layer.bias)
+        layer = layer.to(dtype)  # the same numbers in every dtype
+        attach(layer, "weight", Mask.from_matrix(keep, layer.weight.shape, pattern, transposed=kind is Conv1D))
+        return layer
+
+    def sparse(self, pattern: Pattern = NM(2, 4), **options: Any) -> SparseLinear:  # noqa: B008
+        """The same, compressed."""
+        return SparseLinear.from_dense(self.dense(pattern, **options))
+
+    def config(
+        self, variant: Any, rank: int = rank, targets: tuple[str, ...] = ("0",), start: Any = False, **options: Any
+    ) -> SparseLoraConfig:
+        """The factors are random unless ``start`` says otherwise."""
+        options = {"lora_alpha": self.scale * rank, "init_lora_weights": start, **options}
+        return sparse_lora_modules(LoraConfig(r=rank, target_modules=list(targets), **options), variant)
+
+    def wrapped(
+        self, variant: Any, pattern: Pattern = NM(2, 4), rank: int = rank, start: Any = False,  # noqa: B008
+        options: Any = None, **layer: Any,
+    ) -> tuple[SparseLinear, PeftModel, Any]:  # fmt: skip
+        """(the compressed layer, the model, the adapter's layer)."""
+        base = self.sparse(pattern, **layer)
+        peft = get_peft_model(nn.Sequential(base), self.config(variant, rank, start=start, **(options or {})))
+        return base, peft, peft.base_model.model[0]
+
+    def factors(self, wrapper: Any, name: str = "default") -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+
+    def formula(
+        self, variant: str, x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor, a: Tensor, b: Tensor,
+        scale: float = scale,
+    ) -> Tensor:  # fmt: skip
+        """What a variant computes, on dense tensors."""
+        if variant in ("lora", "lora_prune"):
+            return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
+        effective = weight + keep * (scale * (b @ a)) if variant == "mask_lora" else weight * (b @ a)
+        return F.linear(x, effective, bias)
+
+
+@pytest.fixture
+def lora() -> SparseLora:
+    """Compressed layers under adapters, and their formulas."""
+    return SparseLora()
