@@ -45,12 +45,9 @@ def is_norm(module: nn.Module) -> bool:
     params = list(module.parameters(recurse=False))
     if isinstance(module, _TORCH_NORMS):
         return bool(params)
-    weight = getattr(module, "weight", None)
-    return (
-        _NORM_NAME.search(type(module).__name__) is not None
-        and isinstance(weight, nn.Parameter)
-        and all(param.ndim == 1 for param in params)
-    )
+    if _NORM_NAME.search(type(module).__name__) is None:
+        return False
+    return isinstance(getattr(module, "weight", None), nn.Parameter) and all(param.ndim == 1 for param in params)
 
 
 def takes_lora(module: nn.Module) -> bool:
@@ -93,7 +90,7 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
         module = modules[name]
         if name == head:
             continue
-        if isinstance(module, SparseLinear):  # its weight is no parameter
+        if isinstance(module, SparseLinear):  # reading its weight would decompress it
             lora.append(name)
         elif attribute != "weight" or not takes_lora(module):
             shape = "x".join(map(str, model.get_parameter(param).shape))

@@ -51,7 +51,7 @@ def masked_product(x: Tensor, layer: SparseLinear, a: Tensor, b: Tensor, *, scal
     if layer.dense is not None:
         if scales:
             return scale_lora(x, layer.dense, a, b, layer.bias)
-        return mask_lora(x, layer.dense, _packed(layer.compressed()), a, b, layer.bias)
+        return mask_lora(x, layer.dense, packed_mask(layer.compressed()), a, b, layer.bias)
     y = _FORWARD(
         x.reshape(-1, cols),
         layer.values,
@@ -97,7 +97,7 @@ def decompress(weight: CompressedWeight) -> Tensor:
     return dense
 
 
-def _packed(weight: CompressedWeight) -> Tensor:
+def packed_mask(weight: CompressedWeight) -> Tensor:
     """The mask as packed bits, uint8 [rows, ceil(cols / 8)]."""
     if weight.format != "2:4":
         return weight.meta
@@ -125,7 +125,7 @@ def _forward(
     scales: bool,
 ) -> Tensor:
     weight = _compressed(values, positions, row_offsets, tile_offsets, format, layout, rows, cols, n, m)
-    return _PRODUCT(x, decompress(weight), None if scales else _packed(weight), b, a, bias, False)
+    return _PRODUCT(x, decompress(weight), None if scales else packed_mask(weight), b, a, bias, False)
 
 
 def _backward(
@@ -151,14 +151,12 @@ def _backward(
         dy, x, values, positions, row_offsets, tile_offsets, format, layout, rows, cols, n, m, a, b, scales, with_dx
     )
     weight = _compressed(values, positions, row_offsets, tile_offsets, format, layout, rows, cols, n, m)
-    packed = None if scales else _packed(weight)
+    packed = None if scales else packed_mask(weight)
     dense = decompress(weight) if with_dx or scales else None
     if with_dx and dense is not None:
         dx = _PRODUCT(dy, dense, packed, b, a, None, True)
-    if not scales:
-        dense = None  # the gradients of the factors read the mask alone
     if x is not None:
-        db, da = _FACTOR_GRADIENTS(dy, x, dense, packed, b, a)
+        db, da = _FACTOR_GRADIENTS(dy, x, dense if scales else None, packed, b, a)
     return dx, da, db
 
 

@@ -29,7 +29,7 @@ from trisparse.kernels.linear import MAX_RANK
 from trisparse.kernels.masked_lora import effective_weight
 from trisparse.retrain.effective_sparsity import effective_sparsity
 from trisparse.retrain.lora import _UNSUPPORTED
-from trisparse.retrain.masked_product import decompress, masked_product
+from trisparse.retrain.masked_product import decompress, masked_product, packed_mask
 from trisparse.sparsity.linear import SparseLinear
 
 VARIANTS = ("lora", "lora_prune", "mask_lora", "scale_lora")
@@ -164,10 +164,6 @@ class SparseLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
         weight: CompressedWeight = self.get_base_layer().compressed()
         return weight if self.unmerged is None else replace(weight, values=self.unmerged)
 
-    def _packed(self) -> Tensor:
-        layer: SparseLinear = self.get_base_layer()
-        return layer.mask.bits.to(layer.values.device)
-
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters (all active ones by default) to the base weight; the mask stays as it is, bit for bit.
@@ -188,8 +184,8 @@ class SparseLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
                 f"{effective_sparsity(self).total:.2%}). Variants that can be merged: {', '.join(VARIANTS[1:])}"
             )
         down, up, scale = self._factors(adapters, variant)
-        packed = None if variant == "scale_lora" else self._packed()
         original = self._original()
+        packed = None if variant == "scale_lora" else packed_mask(original)
         merged = effective_weight(decompress(original), packed, up * scale, down)
         if safe_merge and not bool(torch.isfinite(merged).all()):
             raise ValueError(f"the merged weight is not finite; one of the adapters {new} is broken")
@@ -215,7 +211,7 @@ class SparseLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
             return delta
         if variant == "scale_lora":
             return (delta - 1) * decompress(self._original()).to(delta)
-        return apply_bits(delta, self._packed())
+        return apply_bits(delta, packed_mask(self._original()))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update is of low rank, which a masked one is not."""

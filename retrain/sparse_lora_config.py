@@ -1,4 +1,10 @@
-"""LoRA for a model with compressed layers: its config, which remembers the variant, and adapters back from a folder."""
+"""LoRA for a model with compressed layers: its config, which remembers the variant, and adapters back from a folder.
+
+config = sparse_lora_modules(LoraConfig(r=16, target_modules=["q_proj", "v_proj"]), "lora")
+model = get_peft_model(compressed, config)
+model.save_pretrained("adapter")
+model = load_adapters(another_compressed, "adapter")
+"""
 
 from __future__ import annotations
 
@@ -29,7 +35,7 @@ class SparseLoraConfig(LoraConfig):  # type: ignore[misc]
     refused.
 
     Raises:
-        ValueError: an unknown variant.
+        ValueError: an unknown variant, or "all-linear", which PEFT expands to dense layers alone.
     """
 
     variant: str = "mask_lora"
@@ -37,6 +43,8 @@ class SparseLoraConfig(LoraConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            raise ValueError("target_modules='all-linear' does not see compressed layers: name them, as in ['q_proj']")
         super().__post_init__()
         self._register_custom_module({SparseLinear: SparseLoraLinear, nn.Linear: _dense_layer, Conv1D: _dense_layer})
 

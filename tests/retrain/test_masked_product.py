@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from trisparse.bench.masked_lora import peak_bytes
+from trisparse.kernels import masked_lora
 from trisparse.retrain import masked_product as product_module
 from trisparse.retrain.masked_product import masked_product
 from trisparse.retrain.sparse_lora import VARIANTS
@@ -71,6 +72,22 @@ def test_no_dense_weight_outlives_its_product(lora, variant, pattern, monkeypatc
     dense = 4 * 256**2
     per_layer = (_stack_peak(lora, 6, variant, pattern) - _stack_peak(lora, 2, variant, pattern)) / 4
     assert per_layer < 0.15 * dense
+
+
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_little_is_in_memory_beside_the_dense_weight(lora, pattern, scales, monkeypatch):
+    monkeypatch.setitem(product_module._CHUNK, "cpu", 1 << 14)
+    monkeypatch.setitem(masked_lora._TILE_ELEMENTS, "cpu", 1 << 14)
+    size = 512
+    base = lora.sparse(pattern, rows=size, cols=size, dtype=torch.float32)
+    x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((4, size), (4, size), (size, 4)))
+
+    def step():
+        return torch.autograd.grad(masked_product(x, base, a, b, scales=scales).sum(), (x, a, b))
+
+    step()
+    assert peak_bytes(step) < 1.6 * 4 * size**2
 
 
 @pytest.mark.parametrize("variant", ["mask_lora", "scale_lora"])

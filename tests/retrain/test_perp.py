@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
 
 from trisparse.retrain import loop, perp
 from trisparse.retrain.adapters import Adapted
 from trisparse.retrain.groups import parameter_groups
 from trisparse.retrain.loop import Windows, mean_loss, with_labels
-from trisparse.retrain.lora import mask_lora_modules
 from trisparse.retrain.perp import retrain
+from trisparse.retrain.sparse_lora_config import load_adapters
+from trisparse.sparsity.compression import compress
 from trisparse.sparsity.mask import check_masks, masks, masks_sha256
 
 
@@ -240,13 +240,15 @@ def test_windows_come_in_whole_permutations():
     assert Windows(windows, 8, seed=1).order.tolist() != Windows(windows, 8, seed=2).order.tolist()
 
 
-def test_checkpoints_hold_all_that_trains(build, tokens, tmp_path, run):
+@pytest.mark.parametrize("compressed", [False, True])
+def test_checkpoints_hold_all_that_trains(build, tokens, tmp_path, run, compressed):
     model = build("opt")
+    if compressed:
+        compress(model, prefer="memory")
     fresh = copy.deepcopy(model)
     run(model, tokens, output_dir=tmp_path, save_steps=3, groups=("biases", "norms", "lora"))
-    checkpoint = PeftModel.from_pretrained  # the adapter that the Trainer wrote, on an untrained copy
-    config = mask_lora_modules(LoraConfig.from_pretrained(tmp_path / "checkpoint-3"))
-    merged = checkpoint(fresh, tmp_path / "checkpoint-3", config=config).merge_and_unload()
+    # the adapter that the Trainer wrote, on an untrained copy
+    merged = load_adapters(fresh, tmp_path / "checkpoint-3").merge_and_unload()
     for (name, got), want in zip(merged.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(got, want, msg=name)
     assert not (tmp_path / "checkpoint-2").exists()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import trisparse
+from trisparse.retrain.groups import parameter_groups
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import masks_sha256
 
@@ -60,3 +61,13 @@ def test_a_failed_retraining_leaves_the_compressed_model(build, tokens, run, mon
         run(model, tokens)
     assert [(name, id(module)) for name, module in model.named_modules()] == modules
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_grouping_does_not_decompress(build, monkeypatch):
+    def refuse(self):
+        raise AssertionError("decompressed")
+
+    model = build("llama")
+    trisparse.compress(model, prefer="memory")
+    monkeypatch.setattr(SparseLinear, "weight", property(refuse))
+    assert len(parameter_groups(model).lora) == 14

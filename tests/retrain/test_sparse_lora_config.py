@@ -111,6 +111,8 @@ def test_unsupported_options_are_refused(lora, options, match):
 def test_wrong_input(lora):
     with pytest.raises(ValueError, match=r"variant must be one of lora, .* got 'mask'"):
         sparse_lora_modules(LoraConfig(), "mask")
+    with pytest.raises(ValueError, match="all-linear"):
+        sparse_lora_modules(LoraConfig(target_modules="all-linear"))
     plain = LoraConfig(r=2, target_modules=["0"])
     plain._register_custom_module({SparseLinear: SparseLoraLinear})
     with pytest.raises(ValueError, match="sparse_lora_modules"):
