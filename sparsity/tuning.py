@@ -51,18 +51,17 @@ def plan_from(times: Mapping[int, Mapping[str, float]], prefer: Prefer = "speed"
         cost = 0.0
         for tokens in sorted(times):
             dense = times[tokens]["dense"]
-            allowed = {
+            others = {
                 name: seconds
                 for name, seconds in times[tokens].items()
-                if BACKENDS[name].layout in (None, layout) and (BACKENDS[name].copy is None or prefer == "speed")
+                if _home(name) == layout and name != "dense" and (BACKENDS[name].copy is None or prefer == "speed")
             }
-            if layout == "fragments" and "mma.sp" not in allowed:
+            if not others:
                 break
-            others = {name: seconds for name, seconds in allowed.items() if name != "dense"}
             name = min(others, key=others.__getitem__)
             if prefer == "speed" and others[name] > (1 - MARGIN) * dense:
                 name = "dense"
-            cost += math.log(allowed[name] / dense)
+            cost += math.log(times[tokens][name] / dense)
             if steps and steps[-1][1] == name:
                 steps.pop()
             steps.append((tokens, name))
@@ -72,6 +71,11 @@ def plan_from(times: Mapping[int, Mapping[str, float]], prefer: Prefer = "speed"
                 best = cost, plan
     assert best is not None
     return None if {name for _, name in best[1].steps} == {"dense"} else best[1]
+
+
+def _home(backend: str) -> str:
+    """The layout that a backend is measured in."""
+    return BACKENDS[backend].layout or "rows"
 
 
 def device_name(device: torch.device) -> str:
@@ -178,7 +182,7 @@ def tune(
     with torch.no_grad():
         for layout in ("rows", "fragments"):
             # Dense is a contestant in both, so that each is compared with it under the same conditions.
-            here = [name for name in names if (BACKENDS[name].layout or "rows") == layout]
+            here = [name for name in names if _home(name) == layout]
             if not here:
                 continue
             scratch.adopt(Plan(layout, tuple((None, name) for name in [*here, "dense"])))
@@ -251,3 +255,8 @@ def choose_plan(layer: SparseLinear, prefer: Prefer, times: Times | None) -> Pla
     if layer.values.is_cuda and times is not None:
         return plan_from(times, prefer)
     return default_plan(layer, prefer)
+
+
+def tune_on_use(layer: SparseLinear, prefer: Prefer) -> Plan:
+    """Measure, and return the plan for a layer that is in use already: all dense where dense always wins."""
+    return choose_plan(layer, prefer, tune(layer)) or Plan("rows", ((None, "dense"),))
