@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -185,7 +186,7 @@ def compress(
                 name, tuple(mask.shape), str(mask.pattern), "dense", stored.nbytes, stored.nbytes, times, chosen, reason
             )
         )
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.buffers(), model.parameters())).device
     note = ""
     if device.type != "cuda" and any(not row.note for row in rows):
         note = f"on {device.type} the product stays dense, a tile at a time: less memory, not less time"
