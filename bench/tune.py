@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from trisparse.kernels.tuned import tune_file
 from trisparse.sparsity.backends import candidates
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import masks
 from trisparse.sparsity.pattern import Pattern, parse_pattern
 from trisparse.sparsity.sparsify import sparsify
-from trisparse.sparsity.tuning import TOKENS, key, plan_from, tune, tune_file
+from trisparse.sparsity.tuning import TOKENS, key, plan_from, tune
 
 LLAMA_2_7B = ((4096, 4096), (11008, 4096), (4096, 11008))
 PATTERNS = ("2:4", "4:8", "50%")

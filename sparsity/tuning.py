@@ -1,28 +1,22 @@
 """Which backend runs a compressed layer fastest: measured on the device once, kept in a file, turned into a plan.
 
-The times are kept in ``<cache folder>/tune/<device>.json``, by dtype, shape, pattern, share of kept weights and rank of
-the adapter, with the versions of torch and Triton; times of other versions are not used.
+The times are kept for each device (kernels/tuned.py), by dtype, shape, pattern, share of kept weights and rank of the
+adapter.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trisparse.kernels.cache import cache_folder
+from trisparse.kernels.tuned import keep, recall
 from trisparse.sparsity.backends import BACKENDS, Plan, Prefer, candidates, default_plan
 from trisparse.sparsity.linear import SparseLinear
 
@@ -78,26 +72,6 @@ def _home(backend: str) -> str:
     return BACKENDS[backend].layout or "rows"
 
 
-def device_name(device: torch.device) -> str:
-    """What times are filed under: the GPU's name, or "cpu" with the count of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
-    return {"torch": torch.__version__, "triton": triton}
-
-
-def tune_file(device: torch.device) -> Path:
-    """Where the times of ``device`` are kept; the file need not exist."""
-    return cache_folder() / "tune" / (re.sub(r"\W+", "-", device_name(device)).strip("-") + ".json")
-
-
 def key(layer: SparseLinear, rank: int = 0) -> str:
     """What the times of layers that take the same time are filed under."""
     kept = layer.values.numel() / (layer.out_features * layer.in_features)
@@ -112,37 +86,8 @@ def cached_times(layer: SparseLinear, rank: int = 0) -> Times | None:
     Raises:
         ValueError: the file is damaged.
     """
-    file = tune_file(layer.values.device)
-    content = _read(file)
-    entry = content["times"].get(key(layer, rank))
-    if entry is None or content["versions"] != _versions():
-        return None
-    return {int(tokens): dict(row) for tokens, row in entry.items()}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {"versions": _versions(), "times": {}}
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged, remove it: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("times"), dict):
-        raise ValueError(f"{file} is damaged, remove it: it holds no times")
-    return content
-
-
-def _write(file: Path, name: str, times: Times) -> None:
-    """Add times to the file, which is replaced as a whole, so that a reader never sees half of one."""
-    content = _read(file)
-    if content.get("versions") != _versions():
-        content = {"versions": _versions(), "times": {}}
-    content["times"][name] = {str(tokens): row for tokens, row in times.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=file.parent, suffix=".json")
-    with os.fdopen(descriptor, "w") as stream:
-        json.dump(content, stream, indent=1)
-    os.replace(unfinished, file)
+    entry = recall(layer.values.device, "backends", key(layer, rank))
+    return None if entry is None else {int(tokens): dict(row) for tokens, row in entry.items()}
 
 
 def tune(
@@ -199,7 +144,7 @@ def tune(
                     scale = earlier / measured["dense"]
                     measured = {name: seconds * scale for name, seconds in measured.items()}
                 times[count] |= measured
-    _write(tune_file(device), key(layer, rank), times)
+    keep(device, "backends", key(layer, rank), {str(count): row for count, row in times.items()})
     return times
 
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from trisparse.kernels import tuned
+from trisparse.kernels.tuned import tune_file
 from trisparse.sparsity import tuning
 from trisparse.sparsity.backends import Backend, Plan, default_plan
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.sparsify import sparsify
-from trisparse.sparsity.tuning import cached_times, choose_plan, key, plan_from, time_in_turn, tune, tune_file
+from trisparse.sparsity.tuning import cached_times, choose_plan, key, plan_from, time_in_turn, tune
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +83,8 @@ def test_times_are_measured_once_and_kept(monkeypatch):
     monkeypatch.setattr(tuning, "time_in_turn", lambda *_: pytest.fail("measured again"))
     assert tune(sparse, tokens=(4,)) == {4: times[4]}
     content = json.loads(tune_file(torch.device("cpu")).read_text())
-    assert list(content["times"]) == ["32x64 float32 50% kept rank 0"]
-    monkeypatch.setattr(tuning, "_versions", lambda: {"torch": "another"})
+    assert list(content["backends"]) == ["32x64 float32 50% kept rank 0"]
+    monkeypatch.setattr(tuned, "_versions", lambda: {"torch": "another"})
     assert cached_times(sparse) is None
 
 
@@ -91,7 +93,7 @@ def test_measuring_again_keeps_other_entries():
     tune(layer("2:4", dtype=torch.bfloat16), tokens=(1,), rank=4, repeats=1)
     tune(layer(), tokens=(1,), repeats=1, again=True)
     content = json.loads(tune_file(torch.device("cpu")).read_text())
-    assert sorted(content["times"]) == ["32x64 bfloat16 2:4 rank 4", "32x64 float32 50% kept rank 0"]
+    assert sorted(content["backends"]) == ["32x64 bfloat16 2:4 rank 4", "32x64 float32 50% kept rank 0"]
 
 
 def test_the_layer_itself_is_not_changed():
