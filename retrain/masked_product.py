@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.compressed import CompressedWeight
 from trisparse.kernels.linear24 import unpack24
 from trisparse.kernels.masked_lora import _FACTOR_GRADIENTS, _PRODUCT, mask_lora, scale_lora
-from trisparse.kernels.nm import mask_2_4
+from trisparse.kernels.nm import packed_2_4
 from trisparse.kernels.operation import Operation
 from trisparse.sparsity.linear import SparseLinear
 
@@ -99,12 +97,7 @@ def decompress(weight: CompressedWeight) -> Tensor:
 
 def packed_mask(weight: CompressedWeight) -> Tensor:
     """The mask as packed bits, uint8 [rows, ceil(cols / 8)]."""
-    if weight.format != "2:4":
-        return weight.meta
-    packed = weight.meta.new_empty(weight.shape[0], weight.shape[1] // 8, dtype=torch.uint8)
-    for span in _spans(weight):
-        packed[span] = pack_bits(mask_2_4(weight.meta[span]))
-    return packed
+    return packed_2_4(weight.meta) if weight.format == "2:4" else weight.meta
 
 
 def _forward(
