@@ -131,7 +131,9 @@ def _column(source: datasets.Dataset, what: str, names: tuple[str, ...]) -> str:
     for name in names:
         if name in source.column_names:
             return name
-    raise ValueError(f"data must have a column of {what}, {' or '.join(names)}; it has {', '.join(source.column_names)}")
+    raise ValueError(
+        f"data must have a column of {what}, {' or '.join(names)}; it has {', '.join(source.column_names)}"
+    )
 
 
 class LabelledBatches:
@@ -181,24 +183,26 @@ def batches_of(data: Any, batch_size: int, *, train: bool, seed: int = 0, num_wo
         if len(data[0]) != len(data[1]):
             raise ValueError(f"data must have as many labels as images, got {len(data[1])} and {len(data[0])}")
         data = TensorDataset(*data)
-    if not isinstance(data, Sized) or isinstance(data, str | Mapping):
+    if isinstance(data, str | Mapping) or not isinstance(data, Sized):
         raise ValueError(
-            f"data must be a pair of tensors, a dataset with a length, a DataLoader or a list, got {type(data).__name__}"
+            f"data must be a pair of tensors, a dataset with a length, a DataLoader or a list, "
+            f"got {type(data).__name__}"
         )
     if not len(data):
         raise ValueError("data is empty" if train else "data to evaluate on is empty")
     if isinstance(data, DataLoader):
         return LabelledBatches(data)
-    first, _ = _pair(data[0])
+    dataset: Any = data
+    first, _ = _pair(dataset[0])
     if not isinstance(first, Tensor):
         raise ValueError(f"data must give tensors, got {type(first).__name__}: Images(data, ImageTransform()) does")
     if first.ndim == 4:
-        return LabelledBatches(DataLoader(data, batch_size=None, num_workers=num_workers))
+        return LabelledBatches(DataLoader(dataset, batch_size=None, num_workers=num_workers))
     if train and len(data) < batch_size:
         raise ValueError(f"data is shorter than one batch: {len(data)} images, and batch_size={batch_size}")
     return LabelledBatches(
         DataLoader(
-            data,
+            dataset,
             batch_size,
             shuffle=train,
             drop_last=train,
@@ -226,7 +230,9 @@ def check_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
-        raise ValueError(f"labels must be from 0 to {classes - 1}, the model has {classes} classes; got {int(outside[0])}")
+        raise ValueError(
+            f"labels must be from 0 to {classes - 1}, the model has {classes} classes; got {int(outside[0])}"
+        )
 
 
 def _pair(item: Any) -> tuple[Any, Tensor]:

@@ -154,7 +154,7 @@ class SLR:
     """Scaled learning-rate restarting: the whole original in T_rt epochs, after a warm-up (Le & Hua 2021, figure 1c).
 
     With w = ⌈warmup_ratio · steps⌉: η_min + (η_max - η_min) · step / w while step < w, then the original at the share
-    (step - w) / (steps - w) of its length. A warm-up of the original's own counts as η_max: the schedule has one already.
+    (step - w) / (steps - w) of its length. A warm-up of the original's own counts as η_max, as there is one already.
 
     Attributes:
         original: the training of the dense model.
@@ -257,8 +257,9 @@ class LLR:
 class ALLR:
     """Adaptive LLR, the paper's choice for vision: d · η_max · (1 - step / steps) (Zimmer et al. 2023).
 
-    d = max(d_1, d_2) (checked against the authors' code, github.com/ZIB-IOL/BIMP), where d_1 = ‖W - W_p‖₂ / (‖W‖₂ · √s) is how much the pruning of a share s changed the weights
-    (:func:`pruning_change`) and d_2 = T_rt / T the length of the retraining, at most 1.
+    d = max(d_1, d_2), where d_1 = ‖W - W_p‖₂ / (‖W‖₂ · √s) is how much the pruning of a share s changed the weights
+    (:func:`pruning_change`) and d_2 = T_rt / T the length of the retraining, at most 1; the authors' code
+    (github.com/ZIB-IOL/BIMP) computes the same.
 
     Attributes:
         original: the training of the dense model.

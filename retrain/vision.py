@@ -7,6 +7,7 @@ batch norms' statistics are recalibrated at the end, when the weights are final.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def retrain_vision(
         if (labels := labels_of(part)) is not None:
             check_labels(labels, groups.classes)
 
-    steps = config.epochs * len(batches) if groups.trained else 0
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets it; they share the batches among them
+    steps = config.epochs * -(-len(batches) // processes) if groups.trained else 0
     watch = Watch(steps, progress=progress and steps > 0)
     accuracies = []
     with random_state_kept(), _restored_on_failure(model, groups):
@@ -153,11 +155,11 @@ def retrain_vision(
         if steps:
             with watch:
                 train(model, groups, batches, config, watch, steps=steps, dtype=_autocast_dtype(config))
-            _check_finite(groups.parameters(model), steps)
         recalibrated = 0
         if config.recalibrate and norms:
             with autocast(_device(model), _autocast_dtype(config)):
                 recalibrated = recalibrate(model, batches.images())
+        _check_finite(model, groups, steps)
         if held_out is not None:
             accuracies.append(_accuracy(model, held_out, config))
         check_masks(model)
@@ -233,9 +235,9 @@ def _check(model: nn.Module) -> None:
     check_masks(model)
 
 
-def _check_finite(params: dict[str, nn.Parameter], steps: int) -> None:
-    for name, param in params.items():
-        if not torch.isfinite(param).all():
+def _check_finite(model: nn.Module, groups: VisionGroups, steps: int) -> None:
+    for name, tensor in (*groups.parameters(model).items(), *model.named_buffers()):
+        if not torch.isfinite(tensor).all():
             raise RetrainError(f"{name} is not finite after step {steps}; the model is as it was before")
 
 

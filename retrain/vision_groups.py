@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -33,13 +32,13 @@ class VisionGroups:
     Attributes:
         trained: parameter names by group.
         missing: groups of a preset that the model has nothing of.
-        head: name of the classifier.
+        head: name of the classifier, or None.
         classes: how many logits it gives.
     """
 
     trained: dict[str, tuple[str, ...]]
     missing: tuple[str, ...]
-    head: str
+    head: str | None
     classes: int
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -59,16 +58,15 @@ def vision_groups(model: nn.Module, groups: str | tuple[str, ...], images: Tenso
         images: any of the data.
 
     Raises:
-        ValueError: the model has nothing of a group that was asked for by name, or no linear layer gives its logits.
+        ValueError: the model gives no logits, or has nothing of a group that was asked for by name.
     """
     head, classes = classifier(model, images)
-    norms = tuple(_inside(name, module) for name, module in model.named_modules() if is_norm(module))
-    in_norms = {param for params in norms for param in params}
+    in_norms = {param for name, module in model.named_modules() if is_norm(module) for param in _inside(name, module)}
     every = [name for name, _ in model.named_parameters()]
     members = {
         "biases": [n for n in every if n not in in_norms and (n.split(".")[-1] == "bias" or n.endswith("_bias"))],
         "norms": [n for n in every if n in in_norms],
-        "head": [n for n in every if n in set(_inside(head, model.get_submodule(head)))],
+        "head": [] if head is None else [n for n in every if n in _inside(head, model.get_submodule(head))],
         "full": every,
     }
     preset = isinstance(groups, str)
@@ -86,14 +84,14 @@ def vision_groups(model: nn.Module, groups: str | tuple[str, ...], images: Tenso
     return VisionGroups(trained, missing, head, classes)
 
 
-def classifier(model: nn.Module, images: Tensor) -> tuple[str, int]:
-    """Name of the linear layer that gives the logits, and their number.
+def classifier(model: nn.Module, images: Tensor) -> tuple[str | None, int]:
+    """Name of the linear layer that gives the logits, or None, and their number.
 
-    It is the last layer with weights that a forward calls: a model does not say so itself in a way that
-    transformers' and torch's classifiers share.
+    It is the last layer with weights that a forward calls, for transformers' and torch's classifiers have no name or
+    method in common that would tell. None where its output is something else, such as a map that is pooled.
 
     Raises:
-        ValueError: the model gives no logits [batch, classes], or they do not come from its last layer.
+        ValueError: the model gives no logits [batch, classes].
     """
     called: list[tuple[str, int]] = []
     with ExitStack() as hooks, evaluating(model), torch.no_grad():
@@ -105,9 +103,8 @@ def classifier(model: nn.Module, images: Tensor) -> tuple[str, int]:
 
                 hooks.callback(module.register_forward_hook(note).remove)
         logits = logits_of(model(images.to(next(model.parameters()).device)))
-    if not called or called[-1][1] != logits.numel():
-        raise ValueError(f"model must give its logits by a linear layer, its last one; got {type(model).__name__}")
-    return called[-1][0], logits.shape[1]
+    head = called[-1][0] if called and called[-1][1] == logits.numel() else None
+    return head, logits.shape[1]
 
 
 def logits_of(output: object) -> Tensor:
@@ -126,9 +123,5 @@ def _described(value: object) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _inside(prefix: str, module: nn.Module) -> tuple[str, ...]:
-    def names() -> Iterator[str]:
-        for name, _ in module.named_parameters(recurse=False):
-            yield f"{prefix}.{name}" if prefix else name
-
-    return tuple(names())
+def _inside(prefix: str, module: nn.Module) -> list[str]:
+    return [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)]

@@ -1,4 +1,4 @@
-"""The training loop of image classifiers: transformers' Trainer with momentum SGD, and masks that hold at every step."""
+"""The training loop of image classifiers: transformers' Trainer with momentum SGD, the masks held at every step."""
 
 from __future__ import annotations
 
@@ -95,9 +95,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _masks_held(
-    model: nn.Module, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> Iterator[None]:
+def _masks_held(model: nn.Module, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Zero the pruned weights among ``trained`` after every step of ``optimizer``."""
     pruned = [
         (trained[name], ~mask.dense(trained[name].device)) for name, mask in masks(model).items() if name in trained
