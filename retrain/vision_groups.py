@@ -98,8 +98,8 @@ def classifier(model: nn.Module, images: Tensor) -> tuple[str | None, int]:
         for name, module in model.named_modules():
             if isinstance(module, _LAYERS):
 
-                def note(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
-                    called.append((name, output.numel()))
+                def note(_: nn.Module, __: object, output: object, name: str = name) -> None:
+                    called.append((name, output.numel() if isinstance(output, Tensor) else 0))
 
                 hooks.callback(module.register_forward_hook(note).remove)
         logits = logits_of(model(images.to(next(model.parameters()).device)))
