@@ -201,9 +201,9 @@ def compress_bits(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compress(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-    if not by_kernel(weight):
-        return compress_bits_ref(weight.detach(), packed)
     offsets = torch.nn.functional.pad(_count(packed).cumsum(0), (1, 0))
+    if not by_kernel(weight):
+        return weight.detach()[_unpack(packed, weight.shape[1])], offsets
     # Compiling only, nothing is counted; any size serves.
     kept = weight.numel() if offsets.device.type == "meta" else int(offsets[-1])
     return _gather(weight, packed, offsets, kept), offsets
@@ -233,10 +233,6 @@ def decompress_bits_ref(values: Tensor, packed: Tensor, offsets: Tensor, cols: i
     """The specification of `decompress_bits`."""
     _check_values(values, packed, offsets, cols)
     _check_kept(values, offsets)
-    return _scatter_ref(values, packed, cols)
-
-
-def _scatter_ref(values: Tensor, packed: Tensor, cols: int) -> Tensor:
     mask = unpack_bits_ref(packed, cols)
     return values.new_zeros(mask.shape).masked_scatter_(mask, values)
 
@@ -254,7 +250,8 @@ def decompress_bits(values: Tensor, packed: Tensor, offsets: Tensor, cols: int) 
 def _decompress(values: Tensor, packed: Tensor, offsets: Tensor, cols: int) -> Tensor:
     _check_kept(values, offsets)
     if not by_kernel(values):
-        return _scatter_ref(values.detach(), packed, cols)
+        mask = _unpack(packed, cols)
+        return values.new_zeros(mask.shape).masked_scatter_(mask, values.detach())
     from trisparse.kernels.bitmask_triton import move_triton
 
     dense = values.new_empty(packed.shape[0], cols)

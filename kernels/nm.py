@@ -273,20 +273,37 @@ def _select_other(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bo
 
 def meta_2_4(mask: Tensor) -> Tensor:
     """The int16 metadata [rows, cols / 16] of a 2:4 mask [rows, cols]; its bits are in the module's docstring."""
-    kept = mask.reshape(mask.shape[0], mask.shape[1] // 16, 4, 4)
-    place = torch.arange(4, device=mask.device)
-    i0 = torch.where(kept, place, 4).amin(3)
-    i1 = torch.where(kept, place, -1).amax(3)
-    nibbles = (i0 | i1 << 2) << torch.arange(0, 16, 4, device=mask.device)
-    return nibbles.sum(2).to(torch.int16)
+    packed = pack_bits(mask.contiguous())
+    return _lookup(packed, _META_OF_BYTE).view(torch.int16)
 
 
 def mask_2_4(meta: Tensor) -> Tensor:
     """The 2:4 mask [rows, cols] of the metadata int16 [rows, cols / 16]; the inverse of `meta_2_4`."""
-    nibbles = meta.to(torch.int32)[:, :, None] >> torch.arange(0, 16, 4, device=meta.device)
-    place = torch.arange(4, device=meta.device)
-    kept = (place == (nibbles & 3)[..., None]) | (place == (nibbles >> 2 & 3)[..., None])
-    return kept.reshape(meta.shape[0], 16 * meta.shape[1])
+    return unpack_bits(packed_2_4(meta), 16 * meta.shape[1])
+
+
+def packed_2_4(meta: Tensor) -> Tensor:
+    """The packed 2:4 mask uint8 [rows, cols / 8] of the metadata int16 [rows, cols / 16]."""
+    return _lookup(meta.contiguous().view(torch.uint8), _BYTE_OF_META)
+
+
+def _lookup(index: Tensor, table: tuple[int, ...]) -> Tensor:
+    return torch.tensor(table, dtype=torch.uint8, device=index.device)[index.to(torch.int32)]
+
+
+# For a byte of a packed mask, two groups of four, the byte of metadata.
+_META_OF_BYTE = tuple(
+    sum(
+        (min((i for i in range(4) if byte >> shift + i & 1), default=0)
+        | max((i for i in range(4) if byte >> shift + i & 1), default=0) << 2) << shift
+        for shift in (0, 4)
+    )
+    for byte in range(256)
+)  # fmt: skip
+# For a byte of metadata the byte of the packed mask.
+_BYTE_OF_META = tuple(
+    sum((1 << (meta >> shift & 3) | 1 << (meta >> shift + 2 & 3)) << shift for shift in (0, 4)) for meta in range(256)
+)
 
 
 def _by_kernel(

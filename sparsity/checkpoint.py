@@ -21,7 +21,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from trisparse.sparsity.mask import Mask, MaskError, attach, check_masks, detach, masks, masks_sha256
+from trisparse.sparsity.mask import HoldsMask, Mask, MaskError, attach, check_masks, detach, masks, masks_sha256
 from trisparse.sparsity.pattern import parse_pattern
 from trisparse.sparsity.progress import quiet_transformers
 
@@ -47,11 +47,13 @@ def save(
         recipe: what was done to the model, step by step; JSON values.
 
     Raises:
-        ValueError: ``path`` exists and is not ours.
+        ValueError: ``path`` exists and is not ours, or the model is compressed.
         MaskError: a pruned weight is not zero.
     """
     path = Path(path)
     check_output(path)
+    if any(isinstance(module, HoldsMask) for module in model.modules()):
+        raise ValueError("model is compressed, and a checkpoint holds dense weights so far: decompress(model) it first")
     check_masks(model)
     found = masks(model)
     info = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from trisparse.sparsity.backends import Prefer
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.linear import SparseLinear
-from trisparse.sparsity.mask import masks, to_matrix
+from trisparse.sparsity.mask import check_masks, masks
 from trisparse.sparsity.report import as_text
 from trisparse.sparsity.tuning import TOKENS, Times, cached_times, choose_plan, key
 from trisparse.sparsity.tuning import tune as measure
@@ -31,6 +32,7 @@ class CompressedLayer:
         backend: what runs it, by token count; "dense" where the layer was left as it is.
         dense_bytes, bytes: of the weight before and now, with every copy that is held.
         times: measured seconds by tokens and backend, of a layer like this one; empty if nothing was measured.
+        chosen: which backend runs at each of these token counts.
         note: why it was left dense, or empty.
     """
 
@@ -41,6 +43,7 @@ class CompressedLayer:
     dense_bytes: int
     bytes: int
     times: Times = field(default_factory=dict)
+    chosen: dict[int, str] = field(default_factory=dict)
     note: str = ""
 
 
@@ -105,12 +108,15 @@ def _time_cell(layer: CompressedLayer, count: int) -> str:
     times = layer.times.get(count)
     if times is None:
         return ""
-    name = layer.backend if layer.backend in times else min(times, key=times.__getitem__)
-    return f"{times[name] * 1e6:.1f} ({times['dense'] * 1e6:.1f})"
+    return f"{times[layer.chosen[count]] * 1e6:.1f} ({times['dense'] * 1e6:.1f})"
 
 
 def compress(
-    model: nn.Module, *, tune: bool = False, prefer: Prefer = "speed", tokens: tuple[int, ...] = TOKENS
+    model: nn.Module,
+    *,
+    tune: bool | Literal["lazy"] = False,
+    prefer: Prefer = "speed",
+    tokens: tuple[int, ...] = TOKENS,
 ) -> CompressionReport:
     """Replace every pruned ``nn.Linear`` (and transformers' ``Conv1D``) of ``model`` by a SparseLinear, in place.
 
@@ -120,7 +126,8 @@ def compress(
 
     Args:
         model: with masks, from ``sparsify`` or ``load``.
-        tune: measure on the model's device what was not measured before.
+        tune: measure on the model's device what was not measured before: now (True), or ``"lazy"``, when a layer is
+            first used.
         prefer: ``"speed"`` keeps the dense weight besides where that is faster for some token counts, and leaves a
             layer as it is where dense wins for all; ``"memory"`` holds the compressed weight only.
         tokens: with ``tune``, the token counts to measure at.
@@ -129,48 +136,57 @@ def compress(
         What became of each pruned weight. Layers left dense are listed with the reason.
 
     Raises:
-        ValueError: the model has no masks, an unknown ``prefer``, or a mask that does not hold its pattern.
+        ValueError: the model has no masks, an unknown ``prefer`` or ``tune``, or a mask that does not hold its pattern.
+        MaskError: a pruned weight is not zero; nothing was changed.
     """
     if prefer not in ("speed", "memory"):
         raise ValueError(f"prefer must be 'speed' or 'memory', got {prefer!r}")
+    if tune not in (True, False, "lazy"):
+        raise ValueError(f"tune must be True, False or 'lazy', got {tune!r}")
     found = masks(model)
     if not found:
         raise ValueError("model has no masks: prune it with sparsify, or load a pruned one")
+    if not any(model.children()):
+        raise ValueError(f"model is itself a {type(model).__name__}: use SparseLinear.from_dense")
+    check_masks(model)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     measured: dict[str, Times | None] = {}
     rows: list[CompressedLayer] = []
     for name, mask in found.items():
         path, _, param = name.rpartition(".")
         layer = model.get_submodule(path)
-        if isinstance(layer, SparseLinear):
-            dense = layer.in_features * layer.out_features * layer.values.element_size()
-            rows.append(_row(name, layer, dense))
+        if isinstance(layer, SparseLinear):  # compressed before
+            rows.append(_row(name, layer, layer.in_features * layer.out_features * layer.values.element_size(), {}))
             continue
         stored: Tensor = getattr(layer, param)
+        times: Times = {}
         reason = _reason_to_stay_dense(layer, param, shared=owners[id(stored)] > 1)
         if not reason:
-            matrix = to_matrix(stored.detach(), mask.cols, transposed=mask.transposed)
-            if bool(((matrix != 0) & ~mask.matrix(stored.device)).any()):
-                raise ValueError(f"{name} has pruned weights that are not zero: attach the mask again")
             made = SparseLinear.from_dense(layer, mask)
             kind = key(made)
             if kind not in measured:
-                measured[kind] = measure(made, tokens=tokens) if tune else cached_times(made)
-            plan = choose_plan(made, prefer, measured[kind])
+                measured[kind] = measure(made, tokens=tokens) if tune is True else cached_times(made)
             times = measured[kind] or {}
+            plan = choose_plan(made, prefer, measured[kind])
+            if plan is not None:
+                made.adopt(plan)
+                made.tune_for = prefer if tune == "lazy" and measured[kind] is None else None
             if plan is None:
                 reason = "dense is faster at every measured token count"
-            else:
-                made.adopt(plan)
-                if made.nbytes < stored.nbytes or (prefer == "speed" and made.values.is_cuda):
-                    with interrupt_after():
-                        _replace(model, path, made)
-                    rows.append(_row(name, made, stored.nbytes, times))
-                    continue
+            elif made.nbytes >= stored.nbytes and (prefer == "memory" or not stored.is_cuda):
                 reason = f"the compressed form is not smaller at {mask.sparsity:.0%}"
-        shape, pattern = tuple(mask.shape), str(mask.pattern)
-        rows.append(CompressedLayer(name, shape, pattern, "dense", stored.nbytes, stored.nbytes, note=reason))
-    device = next(model.parameters()).device
+            else:
+                with interrupt_after():
+                    _replace(model, path, made)
+                rows.append(_row(name, made, stored.nbytes, times))
+                continue
+        chosen = dict.fromkeys(times, "dense")
+        rows.append(
+            CompressedLayer(
+                name, tuple(mask.shape), str(mask.pattern), "dense", stored.nbytes, stored.nbytes, times, chosen, reason
+            )
+        )
+    device = next(itertools.chain(model.buffers(), model.parameters())).device
     note = ""
     if device.type != "cuda" and any(not row.note for row in rows):
         note = f"on {device.type} the product stays dense, a tile at a time: less memory, not less time"
@@ -186,19 +202,21 @@ def decompress(model: nn.Module) -> int:
     return len(found)
 
 
-def _row(name: str, layer: SparseLinear, dense_bytes: int, times: Times | None = None) -> CompressedLayer:
+def _row(name: str, layer: SparseLinear, dense_bytes: int, times: Times) -> CompressedLayer:
     shape = (layer.out_features, layer.in_features)
-    return CompressedLayer(name, shape, str(layer.pattern), str(layer.plan), dense_bytes, layer.nbytes, times or {})
+    chosen = {tokens: layer.plan.backend(tokens) for tokens in times}
+    return CompressedLayer(name, shape, str(layer.pattern), str(layer.plan), dense_bytes, layer.nbytes, times, chosen)
 
 
 def _reason_to_stay_dense(layer: nn.Module, param: str, *, shared: bool) -> str:
-    if not isinstance(layer, nn.Linear | Conv1D) or param != "weight":
+    # A subclass may compute something else, or be read without being called, as in nn.MultiheadAttention.
+    if type(layer) not in (nn.Linear, Conv1D) or param != "weight":
         return f"a {type(layer).__name__} has no compressed form"
+    if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
+        return "it has hooks, which a new layer would not have"
     return "its weight is shared with another parameter" if shared else ""
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
-    if not path:
-        raise ValueError("model is itself a linear layer: use SparseLinear.from_dense")
     setattr(model.get_submodule(parent), name, layer)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trisparse.kernels.bitmask import count_bits, pack_bits
+from trisparse.kernels.bitmask import count_bits
 from trisparse.kernels.compressed import TILE, CompressedWeight, compress, places_2_4, tile_dtype, tile_offsets
 from trisparse.kernels.linear24 import pack24, unpack24
-from trisparse.kernels.nm import mask_2_4
-from trisparse.sparsity.backends import BACKENDS, Plan, default_plan
+from trisparse.kernels.nm import packed_2_4
+from trisparse.sparsity.backends import BACKENDS, Plan, Prefer, default_plan
 from trisparse.sparsity.mask import HoldsMask, Mask, attach, mask_of
 from trisparse.sparsity.pattern import NM, Pattern
 
@@ -62,6 +62,7 @@ class SparseLinear(nn.Module, HoldsMask):
         format, n, m: the stored form, as in kernels/compressed.py.
         layout: ``"rows"``, or ``"fragments"`` (the order of the sparse tensor cores).
         plan: which backend runs up to how many tokens.
+        tune_for: ``"speed"`` or ``"memory"``: measure at the next use outside of torch.compile, and plan for that.
         values, row_offsets, bias: as above; the last two may be None.
 
     Raises:
@@ -115,6 +116,7 @@ class SparseLinear(nn.Module, HoldsMask):
         self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device)) if bias else None
         self.semi_structured: Tensor | None = None  # torch's own compressed tensor, no buffer: it cannot be moved
         self.plan: Plan = default_plan(self)
+        self.tune_for: Prefer | None = None
 
     @classmethod
     def from_dense(cls, layer: nn.Module, mask: Mask | None = None) -> SparseLinear:
@@ -190,7 +192,7 @@ class SparseLinear(nn.Module, HoldsMask):
     def mask(self) -> Mask:
         """Which weights are kept."""
         weight = self.compressed()
-        packed = pack_bits(mask_2_4(weight.meta)) if self.format == "2:4" else weight.meta
+        packed = packed_2_4(weight.meta) if self.format == "2:4" else weight.meta
         transposed = self.kind == "Conv1D"
         shape = (self.in_features, self.out_features) if transposed else (self.out_features, self.in_features)
         return Mask(packed.cpu(), torch.Size(shape), self.in_features, transposed, self.pattern)
@@ -223,7 +225,7 @@ class SparseLinear(nn.Module, HoldsMask):
         with torch.device("meta"):  # the parameters are replaced
             layer = Conv1D(rows, cols) if self.kind == "Conv1D" else nn.Linear(cols, rows, bias=False)
         weight = weight.t().contiguous() if self.kind == "Conv1D" else weight
-        layer.weight = nn.Parameter(weight.clone() if weight is self.dense else weight, requires_grad=False)
+        layer.weight = nn.Parameter(weight.clone() if weight is self.dense else weight)
         layer.register_parameter("bias", self.bias)
         layer.training = self.training
         attach(layer, "weight", self.mask, zero=False)
@@ -255,6 +257,11 @@ class SparseLinear(nn.Module, HoldsMask):
         Raises:
             ValueError: a shape, dtype or device that does not fit.
         """
+        if self.tune_for is not None and not torch.compiler.is_compiling():
+            from trisparse.sparsity.tuning import tune_on_use
+
+            prefer, self.tune_for = self.tune_for, None
+            self.adopt(tune_on_use(self, prefer))
         tokens = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
         grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, self.bias, *(lora or ())[:2])

@@ -18,7 +18,7 @@ from trisparse.sparsity.batches import batch_size, calibration_batches, is_padde
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
 from trisparse.sparsity.interrupt import interrupt_after
-from trisparse.sparsity.mask import Mask, attach, mask_of
+from trisparse.sparsity.mask import HoldsMask, Mask, attach, mask_of
 from trisparse.sparsity.metric import METRICS, Method, Metric, Score, find_metric
 from trisparse.sparsity.pattern import Pattern, Rows, Unstructured, parse_pattern
 from trisparse.sparsity.progress import Advance, progress_bar
@@ -87,6 +87,8 @@ def sparsify(
         raise ValueError("sparsity with scope 'global' ranks all layers together: it needs propagate='dense'")
     if is_peft_wrapped(model):
         raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
+    if any(isinstance(module, HoldsMask) for module in model.modules()):
+        raise ValueError("model is compressed: decompress(model) it first")
     targets = find_targets(model, include=include, exclude=exclude)
     check_pattern(targets.found, pattern)
     _check_finite(targets.found)

@@ -1,28 +1,22 @@
 """Which backend runs a compressed layer fastest: measured on the device once, kept in a file, turned into a plan.
 
-The times are kept in ``<cache folder>/tune/<device>.json``, by dtype, shape, pattern, share of kept weights and rank of
-the adapter, with the versions of torch and Triton; times of other versions are not used.
+The times are kept for each device (kernels/tuned.py), by dtype, shape, pattern, share of kept weights and rank of the
+adapter.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trisparse.kernels.cache import cache_folder
+from trisparse.kernels.tuned import keep, recall
 from trisparse.sparsity.backends import BACKENDS, Plan, Prefer, candidates, default_plan
 from trisparse.sparsity.linear import SparseLinear
 
@@ -51,18 +45,17 @@ def plan_from(times: Mapping[int, Mapping[str, float]], prefer: Prefer = "speed"
         cost = 0.0
         for tokens in sorted(times):
             dense = times[tokens]["dense"]
-            allowed = {
+            others = {
                 name: seconds
                 for name, seconds in times[tokens].items()
-                if BACKENDS[name].layout in (None, layout) and (BACKENDS[name].copy is None or prefer == "speed")
+                if _home(name) == layout and name != "dense" and (BACKENDS[name].copy is None or prefer == "speed")
             }
-            if layout == "fragments" and "mma.sp" not in allowed:
+            if not others:
                 break
-            others = {name: seconds for name, seconds in allowed.items() if name != "dense"}
             name = min(others, key=others.__getitem__)
             if prefer == "speed" and others[name] > (1 - MARGIN) * dense:
                 name = "dense"
-            cost += math.log(allowed[name] / dense)
+            cost += math.log(times[tokens][name] / dense)
             if steps and steps[-1][1] == name:
                 steps.pop()
             steps.append((tokens, name))
@@ -74,24 +67,9 @@ def plan_from(times: Mapping[int, Mapping[str, float]], prefer: Prefer = "speed"
     return None if {name for _, name in best[1].steps} == {"dense"} else best[1]
 
 
-def device_name(device: torch.device) -> str:
-    """What times are filed under: the GPU's name, or "cpu" with the count of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
-    return {"torch": torch.__version__, "triton": triton}
-
-
-def tune_file(device: torch.device) -> Path:
-    """Where the times of ``device`` are kept; the file need not exist."""
-    return cache_folder() / "tune" / (re.sub(r"\W+", "-", device_name(device)).strip("-") + ".json")
+def _home(backend: str) -> str:
+    """The layout that a backend is measured in."""
+    return BACKENDS[backend].layout or "rows"
 
 
 def key(layer: SparseLinear, rank: int = 0) -> str:
@@ -108,37 +86,8 @@ def cached_times(layer: SparseLinear, rank: int = 0) -> Times | None:
     Raises:
         ValueError: the file is damaged.
     """
-    file = tune_file(layer.values.device)
-    content = _read(file)
-    entry = content["times"].get(key(layer, rank))
-    if entry is None or content["versions"] != _versions():
-        return None
-    return {int(tokens): dict(row) for tokens, row in entry.items()}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {"versions": _versions(), "times": {}}
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged, remove it: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("times"), dict):
-        raise ValueError(f"{file} is damaged, remove it: it holds no times")
-    return content
-
-
-def _write(file: Path, name: str, times: Times) -> None:
-    """Add times to the file, which is replaced as a whole, so that a reader never sees half of one."""
-    content = _read(file)
-    if content.get("versions") != _versions():
-        content = {"versions": _versions(), "times": {}}
-    content["times"][name] = {str(tokens): row for tokens, row in times.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=file.parent, suffix=".json")
-    with os.fdopen(descriptor, "w") as stream:
-        json.dump(content, stream, indent=1)
-    os.replace(unfinished, file)
+    entry = recall(layer.values.device, "backends", key(layer, rank))
+    return None if entry is None else {int(tokens): dict(row) for tokens, row in entry.items()}
 
 
 def tune(
@@ -178,7 +127,7 @@ def tune(
     with torch.no_grad():
         for layout in ("rows", "fragments"):
             # Dense is a contestant in both, so that each is compared with it under the same conditions.
-            here = [name for name in names if (BACKENDS[name].layout or "rows") == layout]
+            here = [name for name in names if _home(name) == layout]
             if not here:
                 continue
             scratch.adopt(Plan(layout, tuple((None, name) for name in [*here, "dense"])))
@@ -195,7 +144,7 @@ def tune(
                     scale = earlier / measured["dense"]
                     measured = {name: seconds * scale for name, seconds in measured.items()}
                 times[count] |= measured
-    _write(tune_file(device), key(layer, rank), times)
+    keep(device, "backends", key(layer, rank), {str(count): row for count, row in times.items()})
     return times
 
 
@@ -251,3 +200,8 @@ def choose_plan(layer: SparseLinear, prefer: Prefer, times: Times | None) -> Pla
     if layer.values.is_cuda and times is not None:
         return plan_from(times, prefer)
     return default_plan(layer, prefer)
+
+
+def tune_on_use(layer: SparseLinear, prefer: Prefer) -> Plan:
+    """Measure, and return the plan for a layer that is in use already: all dense where dense always wins."""
+    return choose_plan(layer, prefer, tune(layer)) or Plan("rows", ((None, "dense"),))

