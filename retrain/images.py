@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CROPPED = 0.875  # the centre that is kept of the shorter side: 224 of 256 pixels, ImageNet's convention
@@ -51,14 +53,16 @@ class ImageTransform:
         if len(self.std) != len(self.mean) or min(self.std) <= 0:
             raise ValueError(f"std must have {len(self.mean)} values above 0, as many as mean, got {self.std!r}")
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image) -> Tensor:
         """Pixel values [channels, size, size] of ``image``."""
+        from PIL.Image import Resampling  # the extra "vision"; data that is tensors already does without it
+
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
         box = self._random_box(*image.size) if self.augment else self._centre_box(*image.size)
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        if self.augment and torch.rand(()) < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.resize((self.size, self.size), Resampling.BILINEAR, box=box)
         pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).reshape(self.size, self.size, -1)
+        if self.augment and torch.rand(()) < 0.5:
+            pixels = pixels.flip(1)
         return ((pixels - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1).contiguous()
 
     def _centre_box(self, width: int, height: int) -> tuple[float, float, float, float]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trisparse.retrain.loop import RetrainError
     from trisparse.retrain.perp import PERPConfig, retrain
     from trisparse.retrain.report import RetrainReport
+    from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
+    from trisparse.retrain.vision_report import VisionReport
     from trisparse.sparsity.capture import BlocksNotChainedError
     from trisparse.sparsity.checkpoint import CheckpointError, load, save
     from trisparse.sparsity.compression import CompressionReport, compress, decompress
@@ -44,12 +46,16 @@ _HOME = {
     "SparseLinear": "sparsity.linear",
     "SparsityReport": "sparsity.report",
     "Unstructured": "sparsity.pattern",
+    "VisionConfig": "retrain.vision",
+    "VisionReport": "retrain.vision_report",
+    "accuracy": "retrain.vision",
     "check_masks": "sparsity.mask",
     "compress": "sparsity.compression",
     "decompress": "sparsity.compression",
     "load": "sparsity.checkpoint",
     "masks": "sparsity.mask",
     "perplexity": "sparsity.perplexity",
+    "retrain_vision": "retrain.vision",
     "save": "sparsity.checkpoint",
     "sparsify": "sparsity.sparsify",
 }
@@ -70,6 +76,9 @@ __all__ = [
     "SparseLinear",
     "SparsityReport",
     "Unstructured",
+    "VisionConfig",
+    "VisionReport",
+    "accuracy",
     "check_masks",
     "compress",
     "decompress",
@@ -77,6 +86,7 @@ __all__ = [
     "masks",
     "perplexity",
     "retrain",
+    "retrain_vision",
     "save",
     "sparsify",
 ]

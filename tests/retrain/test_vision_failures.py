@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_names_its_step():
         return output * math.nan if len(calls) == 3 else output
 
     hook = model.register_forward_hook(sometimes_nan)
-    with pytest.raises(RetrainError, match="loss is nan at step 3 of 8.*the model is as it was before"):
+    with pytest.raises(RetrainError, match=r"loss is nan at step 3 of 8.*the model is as it was before"):
         run(model, epochs=2)
     hook.remove()
     assert_same(model, before)
@@ -113,7 +113,7 @@ def test_a_wrong_label_in_the_middle_leaves_the_model_as_it_was():
     before = snapshot(model)
     labels = LABELS.clone()
     labels[20] = 4
-    with pytest.raises(ValueError, match="labels must be from 0 to 3.* got 4"):
+    with pytest.raises(ValueError, match=r"labels must be from 0 to 3.* got 4"):
         run(model, DataLoader(TensorDataset(IMAGES, labels), batch_size=8))
     assert_same(model, before)
 
@@ -200,11 +200,11 @@ def test_models_without_the_group_are_refused():
 def test_wrong_models_are_refused():
     broken = network()
     broken[0].weight.data.fill_(1)
-    with pytest.raises(MaskError, match="0.weight"):
+    with pytest.raises(MaskError, match=r"0\.weight"):
         run(broken)
     with pytest.raises(ValueError, match="model must be a torch module with parameters, got Flatten"):
         run(nn.Flatten())
-    with pytest.raises(ValueError, match="in fp32, this one has torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"in fp32, this one has torch\.bfloat16"):
         run(network().bfloat16())
     with torch.device("meta"), pytest.raises(ValueError, match="meta"):
         run(nn.Sequential(nn.Flatten(), nn.Linear(36, 4)))
@@ -213,12 +213,14 @@ def test_wrong_models_are_refused():
     with pytest.raises(ValueError, match=r"logits \[batch, classes\], got a tensor \[8, 4, 4, 4\]"):
         run(nn.Sequential(nn.Conv2d(1, 4, 3)))
     with pytest.raises(ValueError, match="got dict"):
-
-        class Dicts(nn.Linear):
-            def forward(self, x):
-                return {"scores": super().forward(x.flatten(1))}
-
         run(Dicts(36, 4))
+
+
+class Dicts(nn.Linear):
+    """Gives no logits."""
+
+    def forward(self, x):
+        return {"scores": super().forward(x.flatten(1))}
 
 
 def test_compressed_layers_are_refused():
