@@ -2,8 +2,8 @@
 
     python -m trisparse.bench.digits
 
-trains a ResNet of 20,346 parameters, prunes it by magnitude, retrains it for two epochs, each with three seeds, and writes
-bench/results/digits.json. It takes two minutes on one core, and needs scikit-learn (the extra ``test``).
+trains a ResNet of 20,346 parameters, prunes it by magnitude and retrains it for two epochs, with three seeds each, and
+writes bench/results/digits.json. It takes about a minute on one core, and needs scikit-learn (the extra ``test``).
 """
 
 from __future__ import annotations

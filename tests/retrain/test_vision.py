@@ -11,55 +11,37 @@ import sys
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import trisparse
+from trisparse.bench import digits as bench
 from trisparse.retrain import vision_loop
-from trisparse.retrain.schedule import ALLR, Linear, Original, pruning_change
+from trisparse.retrain.schedule import ALLR, Linear, pruning_change
 from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
 from trisparse.retrain.vision_groups import PRESETS, vision_groups
 from trisparse.sparsity.mask import check_masks, masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
 
-EPOCHS = 8
-ORIGINAL = Original.linear(0.1, EPOCHS)
+EPOCHS = bench.EPOCHS
 
 
 @pytest.fixture(scope="module")
 def digits():
-    """((1400 images, labels), (397 images, labels)) of 8x8 grey pixels in [0, 1]."""
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.tensor(found.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    return (images[:1400], labels[:1400]), (images[1400:], labels[1400:])
+    """((1400 images, labels), (397 images, labels))."""
+    return bench.digits()
 
 
 @pytest.fixture(scope="module")
 def dense(digits):
-    """A ResNet of 20,346 parameters, trained."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = ResNetForImageClassification(
-        ResNetConfig(
-            num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10
-        )
-    )
-    config = VisionConfig("full", Linear(0.1), epochs=EPOCHS, batch_size=64, weight_decay=5e-4)
-    retrain_vision(model, digits[0], config, progress=False)
-    return model.eval()
+    return bench.trained_resnet(digits[0], seed=0).eval()
 
 
 @pytest.fixture(scope="module")
 def pruned(dense):
-    model = copy.deepcopy(dense)
-    # everything but biases and batch norms, as in the paper
-    sparsify(model, "95% global", "magnitude", include="*", progress=False)
-    return model
+    return bench.prune(dense, "95%")
 
 
 def test_each_preset_brings_back_more(dense, pruned, digits):
@@ -68,7 +50,7 @@ def test_each_preset_brings_back_more(dense, pruned, digits):
     assert accuracy(pruned, test) < 0.4
     assert {name for name, _ in dense.named_parameters() if "convolution" in name} < set(masks(pruned))
     assert "classifier.1.weight" in masks(pruned)
-    schedule = ALLR(ORIGINAL, pruning_change(dense, pruned), epochs=2)
+    schedule = ALLR(bench.ORIGINAL, pruning_change(dense, pruned), epochs=2)
     assert schedule.discount > 2 / EPOCHS
     after, share = {}, {}
     for preset in PRESETS:
