@@ -48,18 +48,11 @@ def digits() -> tuple[Labelled, Labelled]:
 
 def trained_resnet(train: Labelled, seed: int) -> nn.Module:
     """A ResNet of two basic blocks, trained on ``train``."""
+    shape = ResNetConfig(num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    shape.num_labels = 10
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = ResNetForImageClassification(
-            ResNetConfig(
-                num_channels=1,
-                embedding_size=16,
-                hidden_sizes=[16, 32],
-                depths=[1, 1],
-                layer_type="basic",
-                num_labels=10,
-            )
-        )
+        model = ResNetForImageClassification(shape)
     config = VisionConfig("full", Linear(0.1), epochs=EPOCHS, batch_size=64, weight_decay=5e-4, seed=seed)
     retrain_vision(model, train, config, progress=False)
     return model
@@ -123,10 +116,9 @@ def main() -> None:
     """Measure, write and print."""
     torch.set_num_threads(1)
     rows = list(measure())
-    RESULTS.write_text(
-        json.dumps({"how": "python -m trisparse.bench.digits", "environment": environment(), "rows": rows}, indent=1)
-        + "\n"
-    )
+    head = {"how": "python -m trisparse.bench.digits", "environment": environment()}
+    lines = ",\n ".join(json.dumps(row) for row in rows)
+    RESULTS.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n {lines}\n]}}\n')
     print(as_table(rows))
 
 

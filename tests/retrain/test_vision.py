@@ -213,6 +213,7 @@ def test_a_plain_network_without_batch_norm(digits):
     config = VisionConfig("linear-probing", Linear(0.1), epochs=2, batch_size=64)
     report = retrain_vision(model, digits[0], config, validation=digits[1], progress=False)
     assert report.missing == ["biases"]
+    assert "not in the model" in str(report)
     assert report.trainable == {"norms": 16, "head": 2880}
     assert report.recalibrated == 0
     assert report.accuracy[1] > report.accuracy[0] + 0.2
