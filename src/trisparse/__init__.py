@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from trisparse.retrain.perp import PERPConfig, retrain
     from trisparse.retrain.report import RetrainReport
     from trisparse.retrain.sparse_lora_config import SparseLoraConfig, load_adapters, sparse_lora_modules
+    from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
+    from trisparse.retrain.vision_report import VisionReport
     from trisparse.sparsity.capture import BlocksNotChainedError
     from trisparse.sparsity.checkpoint import CheckpointError, load, save
     from trisparse.sparsity.compression import CompressionReport, compress, decompress
@@ -48,6 +50,9 @@ _HOME = {
     "SparseLoraConfig": "retrain.sparse_lora_config",
     "SparsityReport": "sparsity.report",
     "Unstructured": "sparsity.pattern",
+    "VisionConfig": "retrain.vision",
+    "VisionReport": "retrain.vision_report",
+    "accuracy": "retrain.vision",
     "check_masks": "sparsity.mask",
     "compress": "sparsity.compression",
     "decompress": "sparsity.compression",
@@ -56,6 +61,7 @@ _HOME = {
     "load_adapters": "retrain.sparse_lora_config",
     "masks": "sparsity.mask",
     "perplexity": "sparsity.perplexity",
+    "retrain_vision": "retrain.vision",
     "save": "sparsity.checkpoint",
     "sparse_lora_modules": "retrain.sparse_lora_config",
     "sparsify": "sparsity.sparsify",
@@ -79,6 +85,9 @@ __all__ = [
     "SparseLoraConfig",
     "SparsityReport",
     "Unstructured",
+    "VisionConfig",
+    "VisionReport",
+    "accuracy",
     "check_masks",
     "compress",
     "decompress",
@@ -88,6 +97,7 @@ __all__ = [
     "masks",
     "perplexity",
     "retrain",
+    "retrain_vision",
     "save",
     "sparse_lora_modules",
     "sparsify",
