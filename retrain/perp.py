@@ -1,8 +1,8 @@
 """PERP: parameter-efficient retraining after pruning (Zimmer et al.; section 3 and Appendix A).
 
-Biases, norms, a LoRA on the output head and a LoRA under the mask of every pruned linear train; all other
-weights are frozen and have neither gradient nor optimizer state. Afterwards everything is merged: the model
-has the architecture that it had before, and every pruned weight is still zero.
+Biases, norms, a LoRA on the output head and a LoRA on every pruned layer train; all other weights are frozen and have
+neither gradient nor optimizer state. Afterwards everything is merged: the model has the architecture that it had
+before, and every pruned weight is still zero. Full retraining with the masks held is there to compare with.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ import torch
 from transformers import set_seed
 
 from trisparse.retrain.adapters import Adapted, is_tied, other_ties
-from trisparse.retrain.groups import GROUPS, ParameterGroups, parameter_groups
+from trisparse.retrain.effective_sparsity import effective_sparsity
+from trisparse.retrain.full import FullWeights
+from trisparse.retrain.groups import GROUPS, ParameterGroups, group_names, parameter_groups
 from trisparse.retrain.loop import RetrainError, Watch, mean_loss, random_state_kept, trainer_for
+from trisparse.retrain.lora import fills_zeros
+from trisparse.retrain.lora_layer import VARIANTS, Variant
 from trisparse.retrain.report import PeakMemory, RetrainReport
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.hardware import bf16_is_fast
@@ -29,7 +33,6 @@ from trisparse.sparsity.mask import check_masks, masks
 from trisparse.sparsity.targets import is_peft_wrapped
 
 _DTYPES = ("auto", "fp32", "bf16")
-_VARIANTS = ("mask_lora",)
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,16 @@ class PERPConfig:
     """How to retrain. The batch, the accumulation, the warm-up and the weight decay are the paper's (Appendix A).
 
     Attributes:
-        groups: which of "biases", "norms", "head" and "lora" train.
-        variant: LoRA of the pruned layers; "mask_lora" is W + M ⊙ (s·BA).
+        groups: a preset, each of which holds those before it: "biases", "norms", "linear-probing", "perp", "full"; or
+            which of "biases", "norms", "head" and "lora" train, or "full". It is a tuple of groups afterwards.
+        variant: LoRA of the pruned layers: "lora", "lora_prune", "mask_lora" or "scale_lora"; lora_layer.py has the
+            formulas. The head's is plain LoRA, as it is not pruned.
         rank: rank of every LoRA.
-        alpha: the LoRAs' scaling is s = alpha / rank.
+        alpha: the LoRAs' scaling is s = alpha / rank; "scale_lora" has none.
+        targets: names of the pruned layers that get a LoRA, shell-style patterns such as "q_proj" or "model.layers.0";
+            None is all.
+        merge: whether the adapters are merged in the end. False leaves them on the model, under which it stays frozen;
+            ``report.peft_model`` saves them. The variant "lora" demands it, unless whole rows are pruned.
         learning_rate: AdamW's peak; the paper tries 5e-6, 1e-5, 5e-5, 1e-4 and 5e-4.
         steps: optimizer steps.
         batch_size: windows per forward, on each device.
@@ -61,10 +70,12 @@ class PERPConfig:
         ValueError: names the field, its value and what is allowed.
     """
 
-    groups: Sequence[str] = GROUPS
-    variant: Literal["mask_lora"] = "mask_lora"
+    groups: str | Sequence[str] = "perp"
+    variant: Variant = "mask_lora"
     rank: int = 16
     alpha: float = 32
+    targets: str | Sequence[str] | None = None
+    merge: bool = True
     learning_rate: float = 5e-4
     steps: int = 100
     batch_size: int = 2
@@ -81,12 +92,20 @@ class PERPConfig:
     report_to: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups, str) or not self.groups or set(self.groups) - set(GROUPS):
-            raise ValueError(f"groups must be one or more of {', '.join(GROUPS)}, got {self.groups!r}")
-        # the order of GROUPS, each once
-        object.__setattr__(self, "groups", tuple(group for group in GROUPS if group in self.groups))
-        if self.variant not in _VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(_VARIANTS)}, got {self.variant!r}")
+        object.__setattr__(self, "groups", group_names(self.groups))
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        if not isinstance(self.merge, bool):
+            raise ValueError(f"merge must be True or False, got {self.merge!r}")
+        if self.targets is not None:
+            patterns = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+            if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"targets must be one or more patterns of names or None, got {self.targets!r}")
+            if "lora" not in self.groups:
+                raise ValueError(f"targets are of the group 'lora', which is not in groups={self.groups}")
+            object.__setattr__(self, "targets", patterns)
+        if not self.merge and "full" in self.groups:
+            raise ValueError("merge must be True for groups='full', which has no adapters, got False")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         for name, least in (
@@ -132,8 +151,9 @@ def retrain(
 
     Whatever is wrong with the arguments raises before anything changes, and a failure or an interrupt while
     training leaves the model as it was, but for ``.grad``, which is cleared. Modes, flags and the config are put
-    back. A head that shares the input embedding gets a weight of its own when it is merged, as its LoRA changes
-    the head alone (``tie_word_embeddings`` is False from then on; the report says so).
+    back; with ``config.merge`` False the adapters stay on, and what is under them stays frozen. A head that shares the
+    input embedding gets a weight of its own when it is merged, as its LoRA changes the head alone
+    (``tie_word_embeddings`` is False from then on; the report says so).
 
     Args:
         model: a transformers causal language model with attached masks (:mod:`trisparse.sparsity.mask`), or compressed
@@ -159,20 +179,31 @@ def retrain(
     watch = Watch(config.steps, progress=progress)
     with random_state_kept(), _folder(config) as folder:
         set_seed(config.seed)
-        adapted = Adapted(model, groups, tuple(config.groups), config.rank, config.alpha)
+        adapted: Adapted | FullWeights
+        if "full" in config.groups:
+            adapted = FullWeights(model, config.output_dir)
+        else:
+            adapted = Adapted(model, groups, tuple(config.groups), config.rank, config.alpha, config.variant)
         try:
             adapted.switch_cache_off()
-            validate = [] if held_out is None else [mean_loss(adapted.peft, held_out, config.batch_size, dtype)]
+            validate = [] if held_out is None else [mean_loss(adapted.module, held_out, config.batch_size, dtype)]
             with watch, PeakMemory(device) as memory:
-                trainer_for(adapted.peft, windows, config, watch, folder=folder, dtype=dtype).train()
+                trainer_for(adapted.module, windows, config, watch, folder=folder, dtype=dtype).train()
             if broken := adapted.first_not_finite():
                 raise RetrainError(f"{broken} is not finite after step {config.steps}; the model is as it was before")
+            check_masks(model)
+            if config.merge:
+                adapted.as_merged()
             if held_out is not None:
-                validate.append(mean_loss(adapted.peft, held_out, config.batch_size, dtype))
+                validate.append(mean_loss(adapted.module, held_out, config.batch_size, dtype))
         except BaseException:
             adapted.discard()
             raise
-        added = adapted.merge()
+        added = 0
+        if isinstance(adapted, Adapted) and not config.merge:
+            adapted.keep()
+        else:
+            added = adapted.merge()
     check_masks(model)
     return RetrainReport(
         steps=config.steps,
@@ -184,8 +215,11 @@ def retrain(
         peak_memory_bytes=memory.bytes,
         untied_head=added > 0,
         added_parameters=added,
+        missing=[group for group in config.groups if not getattr(groups, group)],
         not_covered=list(groups.not_covered) if "lora" in config.groups else [],
+        effective_sparsity=effective_sparsity(model).total if masks(model) else None,
         validation_loss=(validate[0], validate[1]) if held_out is not None else None,
+        peft_model=adapted.peft if isinstance(adapted, Adapted) and not config.merge else None,
     )
 
 
@@ -203,9 +237,21 @@ def parameter_groups_for(model: Any, config: PERPConfig) -> ParameterGroups:
         raise ValueError("model has no masks, and groups asks for 'lora': prune it first, or leave 'lora' out")
     check_masks(model)
     groups = parameter_groups(model)
+    if "full" in config.groups and _compressed_layers(model):
+        raise ValueError("groups asks for 'full', and model holds compressed layers: decompress() it first")
+    if "lora" in config.groups:
+        groups = groups.only(config.targets)
     if not any(getattr(groups, group) for group in config.groups):
         raise ValueError(f"model has nothing to train in groups={tuple(config.groups)}; it has {_present(groups)}")
-    untied = "head" in config.groups and groups.head and is_tied(model, groups.head[0])
+    merged = [name for group in ("lora", "head") if group in config.groups for name in getattr(groups, group)]
+    if config.variant == "lora" and config.merge:
+        full = next((name for name in merged if fills_zeros(model.get_submodule(name))), None)
+        if full is not None:
+            raise ValueError(
+                f"variant='lora' cannot be merged: it would fill the zeros of {full}. merge=False leaves the adapters "
+                "on the model; lora_prune, mask_lora and scale_lora can be merged"
+            )
+    untied = config.merge and "head" in config.groups and groups.head and is_tied(model, groups.head[0])
     if untied and (ties := other_ties(model, groups.head[0])):
         raise ValueError(
             f"groups asks for 'head', whose weight is the input embedding's, and untying it would untie "
@@ -219,7 +265,7 @@ def _compressed_layers(model: Any) -> list[SparseLinear]:
 
 
 def _present(groups: ParameterGroups) -> str:
-    return ", ".join(group for group in GROUPS if getattr(groups, group)) or "none of the groups"
+    return ", ".join(group for group in GROUPS[:-1] if getattr(groups, group)) or "none of the groups"
 
 
 def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:
