@@ -1,8 +1,10 @@
 """Train the parameters of one block so that its outputs come near to given ones.
 
-    min over the trained parameters of  mean over tokens and features of (block(x) - t)²
+    min over the trained parameters of  mean over tokens of |block(x) - t|² / |t|²
 
-x [batch, tokens, hidden] are the hidden states that enter the block and t the outputs wanted. Weights under a mask
+x [batch, tokens, hidden] are the hidden states that enter the block and t the outputs wanted. The error is relative to
+each token, as a few tokens of a language model have hidden states a thousand times greater than the others' (Sun et
+al. 2024, https://arxiv.org/abs/2402.17762), and their errors would be the whole mean. Weights under a mask
 train as W + M ⊙ s·BA (PERP, section 3.2; kernels/masked_lora.py) or directly, with the gradient under the mask.
 """
 
@@ -45,6 +47,11 @@ class BlockTraining:
     alpha: float
     seed: int
     dtype: torch.dtype | None
+
+
+def relative_errors(output: Tensor, target: Tensor) -> Tensor:
+    """|output - target|² / |target|² of each token; both are [..., hidden]."""
+    return (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
 
 
 def run_block(block: nn.Module, call: BlockCall, hidden: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -150,10 +157,10 @@ class TrainedBlock:
                 order = order or torch.randperm(len(hidden), generator=generator).tolist()
                 batch = order.pop()
                 output = run_block(self.block, calls[batch], hidden[batch], training.dtype)
-                loss = (output - targets[batch].float()).square().mean() / scale
-                if not math.isfinite(float(loss)):
+                loss = relative_errors(output, targets[batch]).mean() / scale
+                if not math.isfinite(value := loss.item()):
                     raise RetrainError(
-                        f"the error is {float(loss)} at step {step} of {training.steps}; a learning_rate below "
+                        f"the error is {value} at step {step} of {training.steps}; a learning_rate below "
                         f"{training.learning_rate:g} may help"
                     )
                 loss.backward()

@@ -1,6 +1,6 @@
 """Layer-wise reconstruction: each block is trained by itself to give what the dense block gives.
 
-    block i:  min over the chosen groups of  mean (f_i(x_i; sparse) - t_i)²
+    block i:  min over the chosen groups of  mean over tokens of |f_i(x_i; sparse) - t_i|² / |t_i|²
 
 x_i is what the reconstructed blocks before it give. ``targets`` says what t_i is:
 
@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from trisparse.retrain.block_training import BlockTraining, TrainedBlock, in_fp32, run_block
+from trisparse.retrain.block_training import BlockTraining, TrainedBlock, in_fp32, relative_errors, run_block
 from trisparse.retrain.dense_weights import DenseWeights, holding
 from trisparse.retrain.groups import ParameterGroups, head_of, parameter_groups
 from trisparse.retrain.reconstruct_report import BlockReport, ReconstructReport
@@ -282,9 +282,9 @@ class _Reconstruction:
 
 
 def _mean_error(outputs: Iterable[Tensor], targets: Sequence[Tensor]) -> float:
-    """Mean squared difference over all batches."""
-    summed = sum(float((y - t).square().sum(dtype=torch.float64)) for y, t in zip(outputs, targets, strict=True))
-    return summed / sum(target.numel() for target in targets)
+    """Mean relative error over the tokens of all batches."""
+    errors = [relative_errors(output, target) for output, target in zip(outputs, targets, strict=True)]
+    return sum(float(e.sum(dtype=torch.float64)) for e in errors) / sum(e.numel() for e in errors)
 
 
 def _put_back(block: nn.Module, original: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ class BlockReport:
     Attributes:
         name: of the block's module.
         trainable: parameters that trained.
-        error_before, error_after: mean squared error of the block's output against its target, over the
+        error_before, error_after: |output - target|² / |target|² of the block, a mean over the tokens of the
             calibration data, on the inputs that it gets from the reconstructed blocks before it.
         seconds: wall time.
         kept: whether the trained parameters were kept; a block whose error did not fall is left as it was.
