@@ -379,3 +379,20 @@ def test_the_update_of_a_lora_is_of_its_rank_under_the_mask(tokens):
         if len(rows) == 2:
             minor = update[:2, rows]
             assert abs(float(torch.linalg.det(minor.double()))) < 1e-5 * float(minor.square().sum()) + 1e-9
+
+
+def test_the_first_step_of_a_lora_by_hand(tokens):
+    """AdamW's first step moves every number of B by the rate, half the peak here, so W moves by ± s·rate/2·A."""
+    dense, model = pair()
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    report = run(model, dense, tokens, groups=("lora",), rank=2, alpha=6, steps=1, learning_rate=1e-3)
+    assert report.blocks[0].kept
+    a = torch.empty(2, 16)
+    nn.init.kaiming_uniform_(a, a=5**0.5, generator=torch.Generator().manual_seed(0))
+    layer = model.model.layers[0].self_attn.q_proj
+    update = (layer.weight.detach() - before).abs()
+    keep = masks(model)["model.layers.0.self_attn.q_proj.weight"].dense()
+    candidates = 3 * 0.5e-3 * torch.stack([a[0] + a[1], a[0] - a[1]]).abs()
+    for row, kept in zip(update, keep, strict=True):
+        error = (candidates[:, kept] - row[kept]).abs().amax(1)
+        assert float(error.min()) < 2e-6
