@@ -25,7 +25,7 @@ from trisparse.sparsity.calibration import PROPAGATE, Propagate
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.mask import HoldsMask, Mask, MaskError, attach, check_masks, detach, mask_of
-from trisparse.sparsity.metric import Method, Score
+from trisparse.sparsity.metric import Method, Score, find_metric
 from trisparse.sparsity.pattern import Pattern, Rows, Unstructured, kept_of, parse_pattern
 from trisparse.sparsity.perplexity import perplexity
 from trisparse.sparsity.selection import check_pattern, select
@@ -131,6 +131,7 @@ def prune_cycles(
     """
     start = time.perf_counter()
     pattern = parse_pattern(target)
+    find_metric(config.method, has_data=True)
     targets, present = _checked(model, pattern, config)
     patterns = pattern_schedule(config.schedule, present, pattern, config.cycles)
     _check_nested(targets, patterns[0])

@@ -12,8 +12,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trisparse.retrain.cycles import CyclesConfig, LayerCollapseError, prune_cycles
+    from trisparse.retrain.cycles_report import CyclesReport
+    from trisparse.retrain.freezing import GradualFreezing
     from trisparse.retrain.loop import RetrainError
     from trisparse.retrain.perp import PERPConfig, retrain
+    from trisparse.retrain.reconstruct import ReconstructConfig, reconstruct
+    from trisparse.retrain.reconstruct_report import ReconstructReport
     from trisparse.retrain.report import RetrainReport
     from trisparse.sparsity.capture import BlocksNotChainedError
     from trisparse.sparsity.checkpoint import CheckpointError, load, save
@@ -33,11 +38,17 @@ _HOME = {
     "BlocksNotChainedError": "sparsity.capture",
     "CheckpointError": "sparsity.checkpoint",
     "CompressionReport": "sparsity.compression",
+    "CyclesConfig": "retrain.cycles",
+    "CyclesReport": "retrain.cycles_report",
+    "GradualFreezing": "retrain.freezing",
+    "LayerCollapseError": "retrain.cycles",
     "Mask": "sparsity.mask",
     "MaskError": "sparsity.mask",
     "Metric": "sparsity.metric",
     "PERPConfig": "retrain.perp",
     "Pattern": "sparsity.pattern",
+    "ReconstructConfig": "retrain.reconstruct",
+    "ReconstructReport": "retrain.reconstruct_report",
     "RetrainError": "retrain.loop",
     "RetrainReport": "retrain.report",
     "Rows": "sparsity.pattern",
@@ -50,6 +61,8 @@ _HOME = {
     "load": "sparsity.checkpoint",
     "masks": "sparsity.mask",
     "perplexity": "sparsity.perplexity",
+    "prune_cycles": "retrain.cycles",
+    "reconstruct": "retrain.reconstruct",
     "save": "sparsity.checkpoint",
     "sparsify": "sparsity.sparsify",
 }
@@ -59,11 +72,17 @@ __all__ = [
     "BlocksNotChainedError",
     "CheckpointError",
     "CompressionReport",
+    "CyclesConfig",
+    "CyclesReport",
+    "GradualFreezing",
+    "LayerCollapseError",
     "Mask",
     "MaskError",
     "Metric",
     "PERPConfig",
     "Pattern",
+    "ReconstructConfig",
+    "ReconstructReport",
     "RetrainError",
     "RetrainReport",
     "Rows",
@@ -76,6 +95,8 @@ __all__ = [
     "load",
     "masks",
     "perplexity",
+    "prune_cycles",
+    "reconstruct",
     "retrain",
     "save",
     "sparsify",
