@@ -99,8 +99,7 @@ def distinct(wanted: Iterable[Case], ccs: Iterable[int] = CCS) -> Iterator[tuple
     for case in wanted:
         for cc in ccs:
             shape = (case.rows, case.cols)
-            options = {"format": case.format, "rank": case.rank, "backward": case.backward}
-            c = config(shape, case.dtype, cc, case.tokens, **options)
+            c = config(shape, case.dtype, cc, case.tokens, format=case.format, rank=case.rank, backward=case.backward)
             tile = c.tokens, c.outer, c.inner, c.num_warps, c.num_stages, c.partial
             padded = 0 if not case.rank else 16 if c.partial else max(16, 1 << (case.rank - 1).bit_length())
             key = cc, case.format, case.n, case.m, case.dtype, case.backward, padded, tile

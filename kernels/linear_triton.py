@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, no-redef"
 """Triton kernels of a linear layer with a compressed weight; the operation is in kernels/linear.py.
 
 One kernel computes both products, with the weight decompressed tile by tile on chip:
@@ -8,7 +8,8 @@ One kernel computes both products, with the weight decompressed tile by tile on 
 
 With many tokens the low-rank product rides in the same loop: its first factor's tile meets the tile of x (or dy)
 that is there anyway, and one small product follows at the end. With few tokens the contraction is cut in parts, which
-write fp32 partial sums; `reduce_kernel` adds them in order, so that the result does not depend on what runs when.
+write fp32 partial sums; `reduce_kernel` adds them in order, so that the result does not depend on what runs when. An
+adapter adds no launch to these two, and x is not read from memory again: x A^T is summed by programs of the same grid.
 """
 
 from __future__ import annotations

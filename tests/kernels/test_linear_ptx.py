@@ -34,10 +34,10 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize(("format", "n", "m"), ALL)
-@pytest.mark.parametrize("tokens", [5, 40])
-def test_races_and_values(format, n, m, tokens):
+@pytest.mark.parametrize(("tokens", "rank"), [(5, 16), (5, 40), (40, 7)])
+def test_races_and_values(format, n, m, tokens, rank):
     weight = half(format, n, m, 136, 544)
-    dense, a, b = weight.decompress(), normal(16, 544, seed=1) / 8, normal(136, 16, seed=2) / 8
+    dense, a, b = weight.decompress(), normal(rank, 544, seed=1) / 8, normal(136, rank, seed=2) / 8
     x, dy, bias = normal(tokens, 544, seed=3), normal(tokens, 136, seed=4), normal(136, seed=5)
     lora = (a, b, 0.5)
     with using(Emulator(options={"race_check": True, "check_uninit": True})):
