@@ -46,9 +46,11 @@ def operations(rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[Call
 
 
 def _layers(rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], Any], bool]]:
-    """Linear layers with an adapter of rank 16 at decode and prefill; bench/linear_gate.py has all of their cases."""
+    """Linear layers of half precision with an adapter of rank 16; bench/linear_gate.py has all cases."""
     found: dict[str, tuple[Callable[[], Any], bool]] = {}
-    if dtype in linear24.DTYPES and rows % 16 == 0 and cols % 64 == 0:
+    if dtype not in linear24.DTYPES:
+        return found
+    if rows % 16 == 0 and cols % 64 == 0:
         for tokens in (1, 2048):
             found[f"linear24, {tokens} tokens"] = bounds_linear24.product(rows, cols, tokens, 16, "meta"), True
     for pattern in (("2:4", 2, 4), ("bitmask", 0, 0)):
