@@ -1,9 +1,9 @@
-"""The kernels of the sparse linear layer, compiled for GPUs that need not be there, at the shapes of Llama-2-7B.
+"""The kernels of the sparse linear layer, compiled without a GPU, at the shapes of Llama-2-7B and OPT-6.7B.
 
     python -m trisparse.bench.linear_gate [--cc 80 90] [--format F ...]
 
 prints what each distinct kernel needs and the first operation that launches it, and fails on a spill or on more
-shared memory than the target has. The complete sweep compiles about 240 kernels in three minutes; the tests take
+shared memory than the target has. The complete sweep compiles about 250 kernels in three minutes; the tests take
 one operation for each configuration (`distinct`), and fewer formats and dtypes.
 """
 
@@ -24,7 +24,7 @@ from trisparse.kernels.launch import using
 from trisparse.kernels.linear import linear, linear_backward
 from trisparse.kernels.linear_config import config
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (16384, 4096), (4096, 16384))
 TOKENS = (1, 8, 16, 512, 2048)
 FORMATS = (("2:4", 2, 4), ("n:m", 4, 8), ("bitmask", 0, 0), ("masked", 0, 0))
 CCS = (80, 90)
