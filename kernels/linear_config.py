@@ -58,8 +58,9 @@ def config(
     # Both accumulators, tokens x outer and tokens x rank, stay in registers beside the tile of W.
     block = 64 if tokens <= 64 or rank > 64 else 128
     narrow = backward or (rank > 0 and cc < 90)
+    wide = 64 if 32 < rank <= 64 and cc < 90 else 128
     why = "many tokens: tensor cores, each decompressed tile used for all of its tokens"
-    return Config(block, 128, 32 if narrow else 64, 1, 8, 3, False, why)
+    return Config(block, wide, 32 if narrow else 64, 1, 8, 3, False, why)
 
 
 def _few(outer: int, inner: int, cc: int, tokens: int, format: str, rank: int, backward: bool) -> Config:
@@ -79,7 +80,7 @@ def _few(outer: int, inner: int, cc: int, tokens: int, format: str, rank: int, b
 
     def busy(splits: int) -> float:
         """The share of the multiprocessors' time in use, less where fewer than two programs run on each."""
-        waves = (tiles + -(-rank // 32)) * splits / sms  # x A^T has programs of its own
+        waves = (tiles + -(-rank // 16)) * splits / sms  # x A^T has programs of its own
         return min(1.0, waves / 2) * waves / math.ceil(waves)
 
     splits = max(range(1, max(1, allowed) + 1), key=lambda count: busy(count) - count * 8 * tokens / (1.125 * inner))
