@@ -77,11 +77,12 @@ def test_kernels(variant, shape, transposed, dtype):
         assert error <= 2 * bar + 1e-7 * want.norm(), name
 
 
-def test_several_tiles_a_program(monkeypatch):
-    """A rectangle of tiles that does not divide them: partials are added within a program and over programs."""
+@pytest.mark.parametrize("chain", [1, 2, 4, 6])  # of 6 rows of tiles
+def test_chains(monkeypatch, chain):
+    """Chains and programs that do not divide the tiles: partials are added along chains and over them."""
     from trisparse.kernels import masked_lora_triton
 
-    monkeypatch.setattr(masked_lora_triton, "rectangle", lambda *_: (2, 2))
+    monkeypatch.setattr(masked_lora_triton, "schedule", lambda *_: (2, chain))
     tokens, p, q = 9, 190, 140
     g = torch.Generator().manual_seed(0)
     u, v = torch.randn(tokens, p, generator=g).to(WHERE), torch.randn(tokens, q, generator=g).to(WHERE)
