@@ -166,8 +166,6 @@ def factor_gradients_kernel(
         dleft = tl.zeros([BLOCK_P, RANK], tl.float32)
     else:
         dleft = tl.zeros([RANK, BLOCK_P], tl.float32)
-        p_left = left_ptr + o_p[None, :] * stride_lp + o_r[:, None] * stride_lr
-        left_t = narrow(tl.load(p_left, mask=m_r[:, None] & m_p[None, :], other=0.0), dtype, WIDEN)
     for block_q in range(col * tiles_q, tl.minimum((col + 1) * tiles_q, blocks_q)):
         o_q = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
         m_q = o_q < q
@@ -189,13 +187,15 @@ def factor_gradients_kernel(
         gradient = narrow(acc, dtype, WIDEN)
         p_right = right_ptr + o_q[None, :] * stride_rq + o_r[:, None] * stride_rr
         right = narrow(tl.load(p_right, mask=m_r[:, None] & m_q[None, :], other=0.0), dtype, WIDEN)
+        # left is read again for every tile: kept, it would take registers from the sum over the tokens.
         if RANK > 16:
-            # Read again for every tile: kept, it would take registers from the sum over the tokens.
             p_left = left_ptr + o_p[:, None] * stride_lp + o_r[None, :] * stride_lr
             left = narrow(tl.load(p_left, mask=m_p[:, None] & m_r[None, :], other=0.0), dtype, WIDEN)
             dleft += dot(gradient, tl.trans(right), PRECISION, WIDEN)
             dright = tl.trans(dot(tl.trans(gradient), left, PRECISION, WIDEN))
         else:
+            p_left = left_ptr + o_p[None, :] * stride_lp + o_r[:, None] * stride_lr
+            left_t = narrow(tl.load(p_left, mask=m_r[:, None] & m_p[None, :], other=0.0), dtype, WIDEN)
             dleft += dot(right, tl.trans(gradient), PRECISION, WIDEN)
             dright = dot(left_t, gradient, PRECISION, WIDEN)
         p_dright = dright_ptr + (part * rank + o_r[:, None]) * q + o_q[None, :]
