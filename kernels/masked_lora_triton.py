@@ -26,8 +26,8 @@ from trisparse.kernels.launch import launch, target
 from trisparse.kernels.score_triton import widen
 
 # Streaming multiprocessors and, in microseconds, a 128x128 tile of G per token on one of them (bf16 tensor cores) and a
-# byte of partials written and read from memory: A100 (312 TFLOP/s, 2039 GB/s), H100 (989 TFLOP/s, 3350 GB/s).
-_DEVICES = {80: (108, 2 * 128 * 128 * 108 / 312e6, 2 / 2039e3), 90: (132, 2 * 128 * 128 * 132 / 989e6, 2 / 3350e3)}
+# byte written or read: A100 (312 TFLOP/s, 2039 GB/s), H100 (989 TFLOP/s, 3350 GB/s).
+_DEVICES = {80: (108, 2 * 128 * 128 * 108 / 312e6, 1 / 2039e3), 90: (132, 2 * 128 * 128 * 132 / 989e6, 1 / 3350e3)}
 # Of a turn in a chain: a flag seen, a partial read and written, and a flag set, all in the L2 cache. An assumption.
 _TURN_US = 2.0
 
@@ -250,8 +250,8 @@ def product_config(dtype: torch.dtype, tokens: int, rank: int) -> Config:
     if dtype == torch.float32:  # exact products, in the cores for fp32
         return Config(64, 64, 32, 4, 2)
     if tokens <= 32:
-        return Config(64, 32, 64, 4, 3)
-    return Config(128, 128, 32 if rank > 64 else 64, 8, 3)
+        return Config(64, 32, 32, 8, 3) if rank > 64 else Config(64, 32, 64, 4, 3)
+    return Config(64, 128, 32, 8, 3) if rank > 64 else Config(128, 128, 64, 8, 3)
 
 
 def factor_gradients_config(dtype: torch.dtype, rank: int) -> Config:
@@ -281,7 +281,8 @@ def schedule(p: int, q: int, tokens: int, rank: int, cc: int, config: Config) ->
         for tiles in range(1, cols + 1):
             chain, programs_q = -(-rows // chains), -(-cols // tiles)
             waves = -(-rows * programs_q // processors)
-            partials = 4 * rank * (chains * q + programs_q * p)
+            # Each is written once and read once to sum, and by the next of its chain.
+            partials = 4 * rank * ((3 if chain > 1 else 2) * chains * q + 2 * programs_q * p)
             us = waves * tiles * tile_us + partials * byte_us + (chain - 1) * _TURN_US
             choices.append((us, partials, tiles, chain))
     least = min(choices)[0]
