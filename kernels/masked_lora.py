@@ -265,10 +265,10 @@ class _Tiles:
         assert self.weight is not None
         weight, left, right = self.weight[rows, cols], self.left[rows], self.right[:, cols]
         bits = None if self.packed is None else self._bits(rows, cols)
-        tile = self._buffer("tile", *weight.shape, self.dtype)
-        for block in _blocks(*weight.shape, self.device):
+        tile = self._buffer("tile", weight.shape[0], weight.shape[1], self.dtype)
+        for block in _blocks(weight):
             part, out = weight[block], tile[block]
-            wide = out if self.dtype == self.wide else self._buffer("wide", *part.shape, self.wide)
+            wide = out if self.dtype == self.wide else self._buffer("wide", part.shape[0], part.shape[1], self.wide)
             if bits is None:
                 torch.mm(left[block], right, out=wide).mul_(part)
             else:  # W + M ⊙ (left right) = M ⊙ (W + left right), as a pruned weight is zero
@@ -287,7 +287,7 @@ class _Tiles:
             assert self.weight is not None
             return tile.mul_(self.weight[rows])
         bits = self._bits(rows, slice(None))
-        for block in _blocks(*tile.shape, self.device):
+        for block in _blocks(tile):
             self._zero_pruned(tile[block], bits[block])
         return tile
 
@@ -314,9 +314,10 @@ class _Tiles:
         block.view(integer).bitwise_and_(keep.view(block.shape[0], -1)[:, : block.shape[1]])
 
 
-def _blocks(rows: int, cols: int, device: torch.device) -> list[slice]:
+def _blocks(tile: Tensor) -> list[slice]:
     """The rows of a tile by blocks."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, cols)) if device.type == "cpu" else max(1, rows)
+    rows, cols = tile.shape
+    step = max(1, _BLOCK_ELEMENTS // max(1, cols)) if tile.device.type == "cpu" else max(1, rows)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -42,14 +42,14 @@ def dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr, WIDEN: tl.constexpr):
-    """x in DTYPE, rounded to nearest. WIDEN where interpreted: the interpreter would cut bf16 off."""
-    if WIDEN and DTYPE == tl.bfloat16 and x.dtype != tl.bfloat16:
+def narrow(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """x in dtype, rounded to nearest. WIDEN where interpreted: the interpreter would cut bf16 off."""
+    if WIDEN and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        return x.to(DTYPE)
+        return x.to(dtype)
 
 
 @triton.jit
@@ -162,10 +162,7 @@ def factor_gradients_kernel(
     m_p = o_p < p
     # The first operand of a product is held by every warp that shares its rows: G where the rank is large, the
     # factors where it is small.
-    if RANK > 16:
-        dleft = tl.zeros([BLOCK_P, RANK], tl.float32)
-    else:
-        dleft = tl.zeros([RANK, BLOCK_P], tl.float32)
+    dleft = tl.zeros([BLOCK_P, RANK], tl.float32) if RANK > 16 else tl.zeros([RANK, BLOCK_P], tl.float32)
     for block_q in range(col * tiles_q, tl.minimum((col + 1) * tiles_q, blocks_q)):
         o_q = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
         m_q = o_q < q
