@@ -30,10 +30,10 @@ from trisparse.kernels.launch import by_kernel
 from trisparse.kernels.operation import Operation
 from trisparse.kernels.score import DTYPES, check_inner, check_weight
 
-# Elements of one tile. On the CPU a tile and what it is made from stay in the caches; on a GPU (fp64 only) it must
-# be large enough that its launches do not show.
-_TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-_BLOCK_ELEMENTS = 2**18
+# Bytes of one tile: large enough for a matrix product to run at full speed, and on a GPU (fp64 only) for its launches
+# not to show. On the CPU a tile is made by blocks of so many elements, which stay in the caches from step to step.
+_TILE_BYTES = {"cpu": 2**23, "cuda": 2**27}
+_BLOCK_ELEMENTS = 2**19
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -253,7 +253,7 @@ class _Tiles:
 
     def spans(self, dim: int) -> list[slice]:
         """The rows (0) or columns (1) by tiles; a tile starts at a whole byte of a packed mask."""
-        elements = _TILE_ELEMENTS.get(self.device.type, 2**24)
+        elements = _TILE_BYTES.get(self.device.type, 2**27) // self.dtype.itemsize
         step = max(1, elements // max(1, 8 * self.shape[1 - dim])) * 8
         return [slice(start, min(start + step, self.shape[dim])) for start in range(0, self.shape[dim], step)]
 

@@ -66,7 +66,7 @@ def expand_cols(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
     return (tl.reshape(bits, [ROWS, COLS]) & 1) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one kernel for 1, 16 and 17 tokens
 def product_kernel(
     x_ptr,  # [tokens, k]
     w_ptr,  # [m, k] by its strides
@@ -130,7 +130,7 @@ def product_kernel(
     tl.store(p_y, narrow(tl.trans(acc), dtype, WIDEN), mask=m_t[:, None] & m_m[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one kernel for 1, 16 and 17 tokens
 def factor_gradients_kernel(
     u_ptr,  # [tokens, p]
     v_ptr,  # [tokens, q]
