@@ -292,10 +292,11 @@ class _Tiles:
         return tile
 
     def _buffer(self, name: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        """[rows, cols], contiguous, as large as the first one asked for, which no other exceeds."""
-        if (name, dtype) not in self._buffers:
-            self._buffers[name, dtype] = torch.empty(rows * cols, dtype=dtype, device=self.device)
-        return self._buffers[name, dtype][: rows * cols].view(rows, cols)
+        """[rows, cols], contiguous, in the memory that the last one of this name had if that is large enough."""
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < rows * cols:
+            buffer = self._buffers[name, dtype] = torch.empty(rows * cols, dtype=dtype, device=self.device)
+        return buffer[: rows * cols].view(rows, cols)
 
     def _bits(self, rows: slice, cols: slice) -> Tensor:
         """The bytes of the mask of a tile, whose first column is the first bit of a byte."""
