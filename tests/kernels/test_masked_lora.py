@@ -80,7 +80,8 @@ def test_gradcheck(variant, transposed):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("elements", [1, 72, 95, 96, 107, 108, 1000])  # of 108: 8 rows at a time, a ragged rest, all
 def test_equals_the_formula_at_every_tile_boundary(monkeypatch, elements, variant, transposed):
-    monkeypatch.setitem(module._TILE_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(module._TILE_BYTES, "cpu", 8 * elements)
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 27)  # 2 or 3 rows, also where they do not divide a tile
     case = problem(transposed=transposed)
     got = outputs_and_grads(variant, *case, transposed=transposed)
     want = outputs_and_grads(variant, *case, transposed=transposed, reference=True)
