@@ -13,6 +13,7 @@ from torch import nn
 from trisparse.kernels.bitmask import unpack_bits
 from trisparse.retrain import block_training
 from trisparse.retrain.block_training import relative_errors
+from trisparse.retrain.dense_weights import DenseWeights
 from trisparse.retrain.loop import RetrainError
 from trisparse.retrain.reconstruct import ReconstructConfig, reconstruct
 from trisparse.sparsity.capture import BlocksNotChainedError
@@ -294,6 +295,8 @@ def test_wrong_models_and_data_are_named(tokens, tmp_path):
     dense, model = pair()
     with pytest.raises(ValueError, match="dense is the pruned model itself"):
         run(model, model, tokens)
+    with pytest.raises(ValueError, match="dense is on the meta device"):
+        run(model, copy.deepcopy(dense).to("meta"), tokens)
     with pytest.raises(ValueError, match="dense must be a model or a checkpoint folder, got int"):
         run(model, 3, tokens)
     with pytest.raises(ValueError, match=r"has neither model.safetensors nor"):
@@ -317,6 +320,14 @@ def test_wrong_models_and_data_are_named(tokens, tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(1)
     with pytest.raises(MaskError):
+        run(model, dense, tokens)
+
+
+def test_dense_weights_that_are_not_finite_are_named(tokens):
+    dense, model = pair()
+    with torch.no_grad():
+        dense.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(RetrainError, match=r"the error of model.layers.1 is nan before it trains"):
         run(model, dense, tokens)
 
 
@@ -396,3 +407,27 @@ def test_the_first_step_of_a_lora_by_hand(tokens):
     for row, kept in zip(update, keep, strict=True):
         error = (candidates[:, kept] - row[kept]).abs().amax(1)
         assert float(error.min()) < 2e-6
+
+
+def test_one_block_at_a_time_is_read_and_trains(tokens, tmp_path, monkeypatch):
+    dense, model = pair()
+    dense.save_pretrained(tmp_path)
+    reads, gradients = [], []
+    real_read, real_step = DenseWeights.read, torch.optim.AdamW.step
+
+    def read(self, names, device):
+        names = list(names)
+        reads.append({name.split(".")[2] for name in names if ".layers." in name})
+        return real_read(self, names, device)
+
+    def step(self, *args, **options):
+        with_gradient = {name for name, param in model.named_parameters() if param.grad is not None}
+        gradients.append({name.split(".")[2] for name in with_gradient if ".layers." in name})
+        assert all(".layers." in name for name in with_gradient)
+        return real_step(self, *args, **options)
+
+    monkeypatch.setattr(DenseWeights, "read", read)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(model, tmp_path, tokens, groups=("full",), steps=2)
+    assert [blocks for blocks in reads if blocks] == [{"0"}, {"1"}, {"2"}]
+    assert gradients == [{"0"}, {"0"}, {"1"}, {"1"}, {"2"}, {"2"}]
