@@ -1,7 +1,8 @@
 """What was measured on a device, kept in a file: launch configurations, and times of whole operations.
 
 ``<cache folder>/tune/<device>.json`` holds ``{"versions": ..., section: {key: value}}``. What was measured with other
-versions of torch, Triton or this package is not used, and is dropped at the next write. ``trisparse bench tune`` writes it.
+versions of torch, Triton or this package is not used, and is dropped at the next write. ``trisparse bench tune``
+writes it.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def bucket(tokens: int) -> int:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found: dict[str, str] = {"torch": str(torch.__version__)}
     for package in ("triton", "trisparse"):
         try:
             found[package] = version(package)
