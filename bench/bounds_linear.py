@@ -2,14 +2,14 @@
 
     python -m trisparse.bench.bounds_linear [--json FILE]
 
-A few programs of each launch run under emulation of their PTX (trisparse.kernels.launch.Emulator; needs ptxsim), and
-their counts are scaled to the grid. Reported for an A100-SXM-80GB with published peaks, on a bf16 weight that keeps
-half of itself:
+Every program of each launch runs under emulation of its PTX (trisparse.kernels.launch.Emulator; needs ptxsim).
+Reported for an A100-SXM-80GB with published peaks, on a bf16 weight that keeps half of itself:
 
-- bytes: the distinct 32-byte sectors that each launch reads and writes, over compressed W + x + y;
+- moved_bytes: the distinct 32-byte sectors that each launch reads and writes, the partial sums among them, which an
+  L2 cache would keep; bytes_over_compulsory: over compressed W + x + y, without the adapter's A and B;
 - bound_us: for each launch the longest of its DRAM, tensor and shared memory times, summed, and the resource that
   binds the product;
-- of_dense: bound_us over the DRAM time of a dense bf16 W, x and y;
+- of_dense: bound_us over the DRAM time of a dense bf16 W, x and y, and of A and B where there is an adapter;
 - issue_us: warp instructions of the PTX at 4 a clock and SM, an indicator.
 """
 
@@ -47,8 +47,12 @@ def half(format: str, n: int, m: int, rows: int, cols: int) -> CompressedWeight:
     return compress(weight, pack_bits(mask), format, n, m)
 
 
-def bound(weight: CompressedWeight, tokens: int, rank: int = 0, ctas: int = 4) -> dict[str, Any]:
-    """The counts of one forward product, with an adapter of this rank, 0 for none."""
+def bound(weight: CompressedWeight, tokens: int, rank: int = 0, ctas: int | None = None) -> dict[str, Any]:
+    """The counts of one forward product, with an adapter of this rank, 0 for none.
+
+    With ``ctas``, so many programs of a launch are emulated and their counts scaled. The few programs of x A^T may be
+    missed then.
+    """
     rows, cols = weight.shape
     generator = torch.Generator().manual_seed(1)
 
@@ -68,7 +72,7 @@ def bound(weight: CompressedWeight, tokens: int, rank: int = 0, ctas: int = 4) -
         if name == "product_kernel":
             binding = estimate.binding.resource
     io = 2 * tokens * (rows + cols)
-    dense_us = (2 * rows * cols + io) / DRAM_BYTES_PER_US
+    dense_us = (2 * rows * cols + io + 2 * rank * (rows + cols)) / DRAM_BYTES_PER_US
     statics = [profile.static for _, profile in emulator.profiles]
     return {
         "launches": [name for name, _ in emulator.profiles],

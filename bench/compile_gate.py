@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from trisparse.kernels import bitmask
+from trisparse.bench import bounds_linear24, linear_gate
+from trisparse.kernels import bitmask, linear24
 from trisparse.kernels.aot import Resources, resources
 from trisparse.kernels.nm import select_nm
 from trisparse.kernels.select import select_rows
@@ -26,6 +27,7 @@ def operations(rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[Call
     mask = torch.empty(rows, cols, dtype=torch.bool, device="meta")
     packed = torch.empty(rows, cols // 8, dtype=torch.uint8, device="meta")
     return {
+        **_layers(rows, cols, dtype),
         "rows": (lambda: select_rows(w, cols // 2, x=x, out="packed", apply=True), True),
         "rows, no x": (lambda: select_rows(w, cols // 2), True),
         "2:4": (lambda: select_nm(w, 2, 4, x=x, out="packed", apply=True), True),
@@ -41,6 +43,22 @@ def operations(rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[Call
         "apply": (lambda: bitmask.apply_bits(w, packed), True),
         "compress": (lambda: bitmask.compress_bits(w, packed), False),
     }
+
+
+def _layers(rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], Any], bool]]:
+    """Linear layers of half precision with an adapter of rank 16; bench/linear_gate.py has all cases."""
+    found: dict[str, tuple[Callable[[], Any], bool]] = {}
+    if dtype not in linear24.DTYPES:
+        return found
+    if rows % 16 == 0 and cols % 64 == 0:
+        for tokens in (1, 2048):
+            found[f"linear24, {tokens} tokens"] = bounds_linear24.product(rows, cols, tokens, 16, "meta"), True
+    for pattern in (("2:4", 2, 4), ("bitmask", 0, 0)):
+        for tokens, backward in ((1, False), (2048, False), (2048, True)):
+            case = linear_gate.Case(*pattern, rows, cols, tokens, 16, dtype, backward)
+            # Loads through cp.async are not seen, so that the widest that is seen says nothing of the main loads.
+            found[str(case)] = case.operation(), False
+    return found
 
 
 def compile_all(shape: tuple[int, int], ccs: Iterable[int], dtype: torch.dtype = torch.bfloat16) -> list[Resources]:

@@ -81,12 +81,15 @@ def compare(tokens: int, out: int, inputs: int, rank: int, dtype: torch.dtype, r
             times[name].append((time.perf_counter() - wall, time.process_time() - processor))
     row: dict[str, Any] = {"tokens": tokens, "out": out, "in": inputs, "rank": rank, "dtype": str(dtype)[6:]}
     for place, clock in enumerate(("wall", "processor")):
-        mine, other = ([pair[place] for pair in times[name]] for name in ("ours", "usual"))
+        seconds = {name: [pair[place] for pair in times[name]] for name in times}
+        least = {name: min(seconds[name]) for name in seconds}
         row[clock] = {
-            "ours_min_s": min(mine),
-            "usual_min_s": min(other),
-            "ratio_of_minima": min(other) / min(mine),
-            "median_of_ratios": statistics.median(u / o for o, u in zip(mine, other, strict=True)),
+            "ours_min_s": least["ours"],
+            "usual_min_s": least["usual"],
+            "ratio_of_minima": least["usual"] / least["ours"],
+            "median_of_ratios": statistics.median(
+                usual / ours for ours, usual in zip(seconds["ours"], seconds["usual"], strict=True)
+            ),
         }
     row["ours_bytes"], row["usual_bytes"] = peak_bytes(ours), peak_bytes(usual)
     row["memory_ratio"] = row["ours_bytes"] / row["usual_bytes"]
@@ -103,8 +106,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
     options = parser.parse_args()
+    out, inputs = options.size
     rows = [
-        compare(options.tokens, *options.size, options.rank, getattr(torch, dtype), options.repeats)
+        compare(options.tokens, out, inputs, options.rank, getattr(torch, dtype), options.repeats)
         for dtype in options.dtypes
     ]
     about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.machine()}

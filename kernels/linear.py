@@ -8,7 +8,8 @@ x [..., cols], W [rows, cols] compressed (kernels/compressed.py), bias [rows], A
     dx = dy W + scale (dy B) A,   dA = scale (dy B)^T x,   dB = scale dy^T (x A^T),   dbias = sum of dy over tokens
 
 dy B comes with dx from one kernel, x A^T is kept from the forward. Every sum has a fixed order: the same input gives
-the same bits. Source of the adapter: Hu et al. 2022, https://arxiv.org/abs/2106.09685, section 4.1.
+the same bits. On the CPU, `_CHUNK` weights are dense at a time. Source of the adapter: Hu et al. 2022,
+https://arxiv.org/abs/2106.09685, section 4.1.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch.nn import functional as F
 
 from trisparse.kernels.compressed import CompressedWeight
 from trisparse.kernels.launch import by_kernel, target
-from trisparse.kernels.linear_config import config
+from trisparse.kernels.linear_config import Config, config, key
 from trisparse.kernels.operation import Operation
+from trisparse.kernels.tuned import tuned
 
 Lora = tuple[Tensor, Tensor, float]
 
@@ -169,15 +171,15 @@ def _run_backward(
     if by_kernel(dy):
         _by_kernel(dy, weight, None, lora, dx, low, backward=True)
         return dx, low
-    # Chunks of rows add up, so that half precision would round at each.
+    # Chunks of rows add up, so that half precision would round at each; its sum takes 4 bytes a number of dx besides.
     wide = torch.promote_types(dy.dtype, torch.float32)
-    total = torch.zeros_like(dx, dtype=wide)
+    total = dx.zero_() if dx.dtype == wide else torch.zeros_like(dx, dtype=wide)
     for start, stop, dense in _chunks(weight):
         total.addmm_(dy[:, start:stop].to(wide), dense.to(wide))
     if lora is not None:
         torch.mm(dy, lora[1], out=low)
         total.addmm_(low.to(wide), lora[0].to(wide), alpha=scale)
-    return dx.copy_(total), low
+    return dx if total is dx else dx.copy_(total), low
 
 
 def _empty(x: Tensor, outer: int, a: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -207,7 +209,9 @@ def _by_kernel(
     if x.dtype not in _KERNEL_DTYPES:
         raise ValueError(f"x has dtype {x.dtype}; the kernel takes {_KERNEL_DTYPES}")
     cc, rank = target(x), low.shape[1]
-    how = config(weight.shape, x.dtype, cc, x.shape[0], format=weight.format, rank=rank, backward=backward)
+    case: dict[str, Any] = {"format": weight.format, "rank": rank, "backward": backward}
+    found = tuned(x, "linear", key(weight.shape, x.dtype, x.shape[0], **case))
+    how = config(weight.shape, x.dtype, cc, x.shape[0], **case) if found is None else Config(**found)
     x = x if x.stride(1) == 1 else x.contiguous()
     product_triton(x, weight, bias if bias is None else bias.contiguous(), lora, y, low, how, backward)
 

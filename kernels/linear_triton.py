@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, no-redef"
 """Triton kernels of a linear layer with a compressed weight; the operation is in kernels/linear.py.
 
 One kernel computes both products, with the weight decompressed tile by tile on chip:
@@ -8,7 +8,8 @@ One kernel computes both products, with the weight decompressed tile by tile on 
 
 With many tokens the low-rank product rides in the same loop: its first factor's tile meets the tile of x (or dy)
 that is there anyway, and one small product follows at the end. With few tokens the contraction is cut in parts, which
-write fp32 partial sums; `reduce_kernel` adds them in order, so that the result does not depend on what runs when.
+write fp32 partial sums; `reduce_kernel` adds them in order, so that the result does not depend on what runs when. An
+adapter adds no launch to these two, and x is not read from memory again: x A^T is summed by programs of the same grid.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def _factor(ptr, r, i, rank, size, stride_r, stride_i):
     return tl.load(ptr + r[:, None] * stride_r + i[None, :] * stride_i, mask=mask, other=0.0)
 
 
-@triton.jit
+# One compiled kernel serves every number of tokens that takes the same tile, 1 and multiples of 16 among them.
+@triton.jit(do_not_specialize=["tokens"])
 def product_kernel(
     x_ptr,  # [tokens, inner], rows stride_x apart: x, or dy with BACKWARD
     values_ptr,  # the tensors of W [rows, cols]
@@ -41,7 +43,7 @@ def product_kernel(
     bias_ptr,  # [outer] or None
     first_ptr,  # the low-rank factor at the contraction, [rank, inner], or None
     second_ptr,  # the other low-rank factor, [rank, outer]
-    y_ptr,  # [tokens, outer]; PARTIAL: fp32 [SPLITS, tokens, outer + rank], the rank's columns last
+    y_ptr,  # [tokens, outer]; PARTIAL: fp32 [splits, tokens, width], the rank's columns behind the outer ones
     low_ptr,  # [tokens, rank]: x A^T or dy B; None without LORA
     scale,
     tokens,
@@ -53,6 +55,8 @@ def product_kernel(
     stride_fi,
     stride_sr,
     stride_so,
+    splits,  # parts of the contraction
+    width,  # outer + rank and padding, so that rows of partial sums are aligned
     FORMAT: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -62,9 +66,8 @@ def product_kernel(
     TOKENS: tl.constexpr,  # the tile is TOKENS x OUTER, INNER at a time
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
-    RANK: tl.constexpr,
+    RANK: tl.constexpr,  # a power of two from the rank up; of no use with PARTIAL
     LOW: tl.constexpr,  # columns of x A^T or dy B in a program of their own
-    SPLITS: tl.constexpr,
     PARTIAL: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -86,30 +89,32 @@ def product_kernel(
     height = tl.minimum(tiles_t - group, GROUP)
     tile_t = group + tile % (GROUP * tiles_o) % height
     tile_o = tile % (GROUP * tiles_o) // height
-    only_low = split >= SPLITS
-    low_tile = (program - SPLITS * tiles_t * tiles_o) // tiles_t
-    if only_low:
-        split = low_tile % SPLITS
-        tile_t = program % tiles_t
-    part = tl.cdiv(tl.cdiv(inner, INNER), SPLITS) * INNER
+    if PARTIAL and LORA:
+        only_low = split >= splits
+        low_tile = (program - splits * tiles_t * tiles_o) // tiles_t
+        if only_low:
+            split = low_tile % splits
+            tile_t = program % tiles_t
+    else:
+        only_low: tl.constexpr = False
+    part = tl.cdiv(tl.cdiv(inner, INNER), splits) * INNER
     begin = split * part
     end = tl.minimum(begin + part, inner)
 
     t = (tile_t * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     o = tile_o * OUTER + tl.arange(0, OUTER)
-    partial = y_ptr + (split.to(tl.int64) * tokens + t)[:, None] * (outer + rank)
+    partial = y_ptr + (split.to(tl.int64) * tokens + t)[:, None] * width
     if only_low:
-        if LORA:
-            r = low_tile // SPLITS * LOW + tl.arange(0, LOW)
-            low = tl.zeros([TOKENS, LOW], tl.float32)
-            for start in range(begin, end, INNER):
-                i = start + tl.arange(0, INNER)
-                x_mask = (t < tokens)[:, None] & (i < inner)[None, :]
-                x = tl.load(x_ptr + t[:, None] * stride_x + i[None, :], mask=x_mask, other=0.0)
-                f = _factor(first_ptr, r, i, rank, inner, stride_fr, stride_fi)
-                low = tl.dot(x, tl.trans(f), low, input_precision="ieee")
-            low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
-            tl.store(partial + outer + r[None, :], low, mask=low_mask)
+        # Names of their own: what both branches assign must have one shape, and RANK may be above LOW.
+        part_r = low_tile // splits * LOW + tl.arange(0, LOW)
+        part_low = tl.zeros([TOKENS, LOW], tl.float32)
+        for start in range(begin, end, INNER):
+            i = start + tl.arange(0, INNER)
+            x_mask = (t < tokens)[:, None] & (i < inner)[None, :]
+            x = tl.load(x_ptr + t[:, None] * stride_x + i[None, :], mask=x_mask, other=0.0)
+            f = _factor(first_ptr, part_r, i, rank, inner, stride_fr, stride_fi)
+            part_low = tl.dot(x, tl.trans(f), part_low, input_precision="ieee")
+        tl.store(partial + outer + part_r[None, :], part_low, mask=(t < tokens)[:, None] & (part_r < rank)[None, :])
     else:
         r = tl.arange(0, RANK)
         low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
@@ -152,9 +157,9 @@ def product_kernel(
             tl.store(y_ptr + t[:, None] * outer + o[None, :], acc.to(y_ptr.dtype.element_ty), mask=y_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def reduce_kernel(
-    partial_ptr,  # fp32 [SPLITS, tokens, outer + rank]
+    partial_ptr,  # fp32 [splits, tokens, width]
     bias_ptr,  # [outer] or None
     second_ptr,  # a low-rank factor [rank, outer], or None
     y_ptr,  # [tokens, outer]
@@ -165,11 +170,12 @@ def reduce_kernel(
     rank,
     stride_sr,
     stride_so,
+    splits,
+    width,
     LORA: tl.constexpr,
     TOKENS: tl.constexpr,
     OUTER: tl.constexpr,
     LOW: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """The sum of the partial sums, in order, the low-rank product's second half, and the bias."""
     tiles_t = tl.cdiv(tokens, TOKENS)
@@ -183,8 +189,8 @@ def reduce_kernel(
             r = start + tl.arange(0, LOW)
             low_mask = (t < tokens)[:, None] & (r < rank)[None, :]
             low = tl.zeros([TOKENS, LOW], tl.float32)
-            for split in range(SPLITS):
-                at = partial_ptr + (split * tokens + t)[:, None] * (outer + rank) + outer
+            for split in range(splits):
+                at = partial_ptr + (split * tokens + t)[:, None] * width + outer
                 low += tl.load(at + r[None, :], mask=low_mask, other=0.0)
             s = _factor(second_ptr, r, o, rank, outer, stride_sr, stride_so)
             total = tl.dot(low.to(s.dtype), s, total, input_precision="ieee")
@@ -192,8 +198,8 @@ def reduce_kernel(
                 at = low_ptr + t[:, None] * rank + r[None, :]
                 tl.store(at, low.to(low_ptr.dtype.element_ty), mask=low_mask)
         total *= scale
-    for split in range(SPLITS):
-        at = partial_ptr + (split * tokens + t)[:, None] * (outer + rank)
+    for split in range(splits):
+        at = partial_ptr + (split * tokens + t)[:, None] * width
         total += tl.load(at + o[None, :], mask=y_mask, other=0.0)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + o, mask=o < outer, other=0.0).to(tl.float32)[None, :]
@@ -223,11 +229,13 @@ def product_triton(
     tiles_t = triton.cdiv(tokens, config.tokens)
     programs = tiles_t * triton.cdiv(outer, config.outer) * config.splits
     out, kept_low = y, low if rank else None
-    padded = max(16, triton.next_power_of_2(rank))
-    low_tile = min(32, padded)
+    padded = low_tile = 16  # the least that tl.dot takes: a wider low_tile spills
+    width = triton.cdiv(outer + rank, 16) * 16
     if config.partial:
-        out = x.new_empty(config.splits, tokens, outer + rank, dtype=torch.float32)
+        out = x.new_empty(config.splits, tokens, width, dtype=torch.float32)
         programs += tiles_t * config.splits * triton.cdiv(rank, low_tile)
+    else:
+        padded = max(16, triton.next_power_of_2(rank))
     launch(
         product_kernel,
         (programs,),
@@ -248,6 +256,8 @@ def product_triton(
         rank,
         x.stride(0),
         *strides,
+        config.splits,
+        width,
         FORMAT=weight.format,
         N=weight.n,
         M=weight.m,
@@ -259,7 +269,6 @@ def product_triton(
         INNER=config.inner,
         RANK=padded,
         LOW=low_tile,
-        SPLITS=config.splits,
         PARTIAL=config.partial,
         GROUP=8,
         num_warps=config.num_warps,
@@ -279,9 +288,10 @@ def product_triton(
             outer,
             rank,
             *strides[2:],
+            config.splits,
+            width,
             LORA=lora is not None,
             TOKENS=16,
             OUTER=64,
             LOW=low_tile,
-            SPLITS=config.splits,
         )

@@ -22,8 +22,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,9 +30,10 @@ from trisparse.kernels.launch import by_kernel
 from trisparse.kernels.operation import Operation
 from trisparse.kernels.score import DTYPES, check_inner, check_weight
 
-# Elements of one tile. On the CPU a tile and what it is made from stay in the caches; on a GPU (fp64 only) it must
-# be large enough that its launches do not show.
-_TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+# Bytes of one tile: large enough for a matrix product to run at full speed, and on a GPU (fp64 only) for its launches
+# not to show. On the CPU a tile is made by blocks of so many elements, which stay in the caches from step to step.
+_TILE_BYTES = {"cpu": 2**23, "cuda": 2**27}
+_BLOCK_ELEMENTS = 2**19
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -106,7 +105,7 @@ def _apply(
     _check(x, weight, packed, a, b, bias, transposed)
     x = x.to(_compute_dtype(x, weight))
     left, right = (a.t(), b.t()) if transposed else (b, a)
-    y = _PRODUCT(x.reshape(-1, x.shape[-1]), weight, packed, left, right, bias, transposed)
+    y = PRODUCT(x.reshape(-1, x.shape[-1]), weight, packed, left, right, bias, transposed)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -195,8 +194,8 @@ def _factor_gradients_result(
     return left.new_empty(left.shape), right.new_empty(right.shape)
 
 
-_PRODUCT = Operation("masked_lora_product", _product, _product_result)
-_FACTOR_GRADIENTS = Operation("masked_lora_factor_gradients", _factor_gradients, _factor_gradients_result)
+PRODUCT = Operation("masked_lora_product", _product, _product_result)
+FACTOR_GRADIENTS = Operation("masked_lora_factor_gradients", _factor_gradients, _factor_gradients_result)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -209,16 +208,16 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, packed, left, right = ctx.saved_tensors
     dx = dleft = dright = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = _PRODUCT(dy, weight, packed, left, right, None, not ctx.transposed)
+        dx = PRODUCT(dy, weight, packed, left, right, None, not ctx.transposed)
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
         u, v = (x, dy) if ctx.transposed else (dy, x)
-        dleft, dright = _FACTOR_GRADIENTS(u, v, weight if packed is None else None, packed, left, right)
+        dleft, dright = FACTOR_GRADIENTS(u, v, weight if packed is None else None, packed, left, right)
     if ctx.needs_input_grad[5]:
         dbias = dy.sum(0, dtype=ctx.bias_dtype)
     return dx, None, None, dleft, dright, dbias, None
 
 
-_PRODUCT.register_autograd(_backward, _save)
+PRODUCT.register_autograd(_backward, _save)
 
 
 def effective_weight(weight: Tensor, packed: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -236,9 +235,10 @@ def effective_weight(weight: Tensor, packed: Tensor | None, left: Tensor, right:
 
 
 class _Tiles:
-    """Tiles of E and of G, some rows or some columns at a time.
+    """Tiles of E and of G, some rows or some columns at a time, each made by blocks of rows.
 
-    A tile lives in a buffer that the next one uses again: memory fresh from the system costs as much as the work.
+    A tile lives in a buffer that the next one uses again, and so does what a block needs: memory fresh from the system
+    costs as much as the work.
     """
 
     def __init__(
@@ -249,19 +249,13 @@ class _Tiles:
         self.wide = torch.promote_types(left.dtype if weight is None else weight.dtype, torch.float32)
         self.left, self.right = left.to(self.wide), right.to(self.wide)
         self.device = left.device
-        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def spans(self, dim: int) -> list[slice]:
         """The rows (0) or columns (1) by tiles; a tile starts at a whole byte of a packed mask."""
-        elements = _TILE_ELEMENTS.get(self.device.type, 2**24)
+        elements = _TILE_BYTES.get(self.device.type, 2**27) // self.dtype.itemsize
         step = max(1, elements // max(1, 8 * self.shape[1 - dim])) * 8
         return [slice(start, min(start + step, self.shape[dim])) for start in range(0, self.shape[dim], step)]
-
-    def buffer(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        """[rows, cols], contiguous; one of each dtype, as large as the first tile, which no other exceeds."""
-        if dtype not in self._buffers:
-            self._buffers[dtype] = torch.empty(rows * cols, dtype=dtype, device=self.device)
-        return self._buffers[dtype][: rows * cols].view(rows, cols)
 
     def effective(self, rows: slice, cols: slice) -> Tensor:
         """E[rows, cols]; the sum is formed in fp32 or better and rounded once.
@@ -269,45 +263,66 @@ class _Tiles:
         An update below half a unit of a bf16 weight would otherwise be lost.
         """
         assert self.weight is not None
-        part, left, right = self.weight[rows, cols], self.left[rows], self.right[:, cols]
-        tile = self.buffer(*part.shape, self.wide)
-        if self.packed is None:
-            tile = torch.mm(left, right, out=tile).mul_(part)
-        else:  # W + M ⊙ (left right) = M ⊙ (W + left right), as a pruned weight is zero
-            tile = torch.addmm(part.to(self.wide), left, right, out=tile)
-        if self.dtype != self.wide:
-            tile = self.buffer(*part.shape, self.dtype).copy_(tile)
-        if self.packed is not None:
-            self.zero_pruned(tile, rows, cols)
+        weight, left, right = self.weight[rows, cols], self.left[rows], self.right[:, cols]
+        bits = None if self.packed is None else self._bits(rows, cols)
+        tile = self._buffer("tile", weight.shape[0], weight.shape[1], self.dtype)
+        for block in _blocks(weight):
+            part, out = weight[block], tile[block]
+            wide = out if self.dtype == self.wide else self._buffer("wide", part.shape[0], part.shape[1], self.wide)
+            if bits is None:
+                torch.mm(left[block], right, out=wide).mul_(part)
+            else:  # W + M ⊙ (left right) = M ⊙ (W + left right), as a pruned weight is zero
+                torch.addmm(part.to(self.wide), left[block], right, out=wide)
+            if wide is not out:
+                out.copy_(wide)
+            if bits is not None:
+                self._zero_pruned(out, bits[block])
         return tile
 
     def gradient(self, u: Tensor, v: Tensor, rows: slice) -> Tensor:
         """G[rows] = M ⊙ uᵀv, or W ⊙ uᵀv without a mask."""
-        tile = self.buffer(rows.stop - rows.start, self.shape[1], self.dtype)
+        tile = self._buffer("tile", rows.stop - rows.start, self.shape[1], self.dtype)
         torch.mm(u[:, rows].t(), v, out=tile)
-        if self.packed is not None:
-            self.zero_pruned(tile, rows, slice(None))
-        elif self.weight is not None:
-            tile.mul_(self.weight[rows])
+        if self.packed is None:
+            assert self.weight is not None
+            return tile.mul_(self.weight[rows])
+        bits = self._bits(rows, slice(None))
+        for block in _blocks(tile):
+            self._zero_pruned(tile[block], bits[block])
         return tile
 
-    def zero_pruned(self, tile: Tensor, rows: slice, cols: slice) -> None:
-        """Set a tile (rows and cols of the whole) to exactly zero where pruned, also over NaN and Inf."""
+    def _buffer(self, name: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        """[rows, cols], contiguous, in the memory that the last one of this name had if that is large enough."""
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < rows * cols:
+            buffer = self._buffers[name, dtype] = torch.empty(rows * cols, dtype=dtype, device=self.device)
+        return buffer[: rows * cols].view(rows, cols)
+
+    def _bits(self, rows: slice, cols: slice) -> Tensor:
+        """The bytes of the mask of a tile, whose first column is the first bit of a byte."""
         assert self.packed is not None
-        first = 0 if cols.start is None else cols.start // 8
-        bits = self.packed[rows, first : first - (-tile.shape[1] // 8)]
-        if tile.device.type != "cpu":
-            tile.masked_fill_(~unpack_bits(bits, tile.shape[1]), 0)
+        return self.packed[rows, (cols.start or 0) // 8 : None if cols.stop is None else -(-cols.stop // 8)]
+
+    def _zero_pruned(self, block: Tensor, bits: Tensor) -> None:
+        """Set a block to exactly zero where pruned, also over NaN and Inf."""
+        if block.device.type != "cpu":
+            block.masked_fill_(~unpack_bits(bits, block.shape[1]), 0)
             return
         # masked_fill_ and a product with a bool tensor are scalar loops on the CPU, ten times slower than this.
-        integer = _INTEGER[tile.element_size()]
-        keep = self.buffer(bits.numel(), 8, integer)
-        # mode="clip" as NumPy otherwise goes through a buffer of its own; a byte is never out of range.
-        _byte_masks(tile.element_size()).take(bits.numpy().reshape(-1), axis=0, out=keep.numpy(), mode="clip")
-        tile.view(integer).bitwise_and_(keep.view(tile.shape[0], -1)[:, : tile.shape[1]])
+        integer = _INTEGER[block.element_size()]
+        keep = self._buffer("mask", bits.numel(), 8, integer)
+        torch.index_select(_byte_masks(integer), 0, bits.reshape(-1).to(torch.int32), out=keep)
+        block.view(integer).bitwise_and_(keep.view(block.shape[0], -1)[:, : block.shape[1]])
+
+
+def _blocks(tile: Tensor) -> list[slice]:
+    """The rows of a tile by blocks."""
+    rows, cols = tile.shape
+    step = max(1, _BLOCK_ELEMENTS // max(1, cols)) if tile.device.type == "cpu" else max(1, rows)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 @cache
-def _byte_masks(size: int) -> npt.NDArray[Any]:
-    """[256, 8] integers of ``size`` bytes: for each byte of a packed mask its 8 weights, all ones where kept."""
-    return -(np.arange(256)[:, None] >> np.arange(8) & 1).astype(f"i{size}")
+def _byte_masks(integer: torch.dtype) -> Tensor:
+    """[256, 8] integers: for each byte of a packed mask its 8 weights, all ones where kept."""
+    return -(torch.arange(256)[:, None] >> torch.arange(8) & 1).to(integer)

@@ -4,15 +4,18 @@
 `product_kernel` computes yᵀ = E xᵀ + b: a tile of E is formed in registers from a tile of W, the small product of the
 factors and the mask's bits, and is the first operand of the tensor cores where it is.
 
-`factor_gradients_kernel`: a program owns a rectangle of tiles of G = M ⊙ uᵀv. For each it sums over all tokens in
-registers, masks, and multiplies by the factors. What belongs to a row of tiles (dleft) stays in registers; what belongs
-to a column (dright) is added, tile by tile, to the program's own fp32 partial, which stays in the L2 cache.
-`sum_parts_kernel` then adds the partials of all programs in a fixed order: two runs give the same bits.
+`factor_gradients_kernel`: a program owns some tiles of G = M ⊙ uᵀv in one row. For each it sums over all tokens in
+registers, masks, and multiplies by the factors. What belongs to the row (dleft) stays in registers and is a partial of
+its own; what belongs to a column (dright) is added to a partial that a chain of neighbouring programs shares, each in
+its turn, so that far fewer partials are written. A program waits only for one of a lower index, which was started
+before it, and only at its first tile, as from then on the chain runs staggered. `sum_parts_kernel` then adds the
+partials in a fixed order: two runs give the same bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -23,8 +26,10 @@ from trisparse.kernels.launch import launch, target
 from trisparse.kernels.score_triton import widen
 
 # Streaming multiprocessors and, in microseconds, a 128x128 tile of G per token on one of them (bf16 tensor cores) and a
-# byte of partials written and read from memory: A100 (312 TFLOP/s, 2039 GB/s), H100 (989 TFLOP/s, 3350 GB/s).
-_DEVICES = {80: (108, 2 * 128 * 128 * 108 / 312e6, 2 / 2039e3), 90: (132, 2 * 128 * 128 * 132 / 989e6, 2 / 3350e3)}
+# byte written or read: A100 (312 TFLOP/s, 2039 GB/s), H100 (989 TFLOP/s, 3350 GB/s).
+_DEVICES = {80: (108, 2 * 128 * 128 * 108 / 312e6, 1 / 2039e3), 90: (132, 2 * 128 * 128 * 132 / 989e6, 1 / 3350e3)}
+# Of a turn in a chain: a flag seen, a partial read and written, and a flag set, all in the L2 cache. An assumption.
+_TURN_US = 2.0
 
 
 @triton.jit
@@ -34,6 +39,17 @@ def dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
         return tl.dot(widen(a), widen(b), input_precision="ieee")
     else:
         return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """x in dtype, rounded to nearest. WIDEN where interpreted: the interpreter would cut bf16 off."""
+    if WIDEN and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
@@ -50,7 +66,7 @@ def expand_cols(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
     return (tl.reshape(bits, [ROWS, COLS]) & 1) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one kernel for 1, 16 and 17 tokens
 def product_kernel(
     x_ptr,  # [tokens, k]
     w_ptr,  # [m, k] by its strides
@@ -80,13 +96,13 @@ def product_kernel(
     m_m, m_t = o_m < m, o_t < tokens
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     p_left = left_ptr + o_m[:, None] * stride_lm + o_r[None, :] * stride_lr
-    left = tl.load(p_left, mask=m_m[:, None] & (o_r < rank)[None, :], other=0.0).to(dtype)
+    left = narrow(tl.load(p_left, mask=m_m[:, None] & (o_r < rank)[None, :], other=0.0), dtype, WIDEN)
     acc = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
     for start in range(0, k, BLOCK_K):
         o_k = start + tl.arange(0, BLOCK_K)
         m_k = o_k < k
         p_right = right_ptr + o_r[:, None] * stride_rr + o_k[None, :].to(tl.int64) * stride_rk
-        right = tl.load(p_right, mask=(o_r < rank)[:, None] & m_k[None, :], other=0.0).to(dtype)
+        right = narrow(tl.load(p_right, mask=(o_r < rank)[:, None] & m_k[None, :], other=0.0), dtype, WIDEN)
         m_w = m_m[:, None] & m_k[None, :]
         w = tl.load(w_ptr + o_m[:, None] * stride_wm + o_k[None, :].to(tl.int64) * stride_wk, mask=m_w, other=0.0)
         update = dot(left, right, PRECISION, WIDEN)
@@ -107,14 +123,14 @@ def product_kernel(
             effective = w.to(tl.float32) * update
         p_x = x_ptr + o_t[:, None] * stride_xt + o_k[None, :]
         x = tl.load(p_x, mask=m_t[:, None] & m_k[None, :], other=0.0)
-        acc += dot(effective.to(dtype), tl.trans(x), PRECISION, WIDEN)
+        acc += dot(narrow(effective, dtype, WIDEN), tl.trans(x), PRECISION, WIDEN)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o_m, mask=m_m, other=0.0).to(tl.float32)[:, None]
     p_y = y_ptr + o_t[:, None] * m + o_m[None, :]
-    tl.store(p_y, tl.trans(acc).to(dtype), mask=m_t[:, None] & m_m[None, :])
+    tl.store(p_y, narrow(tl.trans(acc), dtype, WIDEN), mask=m_t[:, None] & m_m[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one kernel for 1, 16 and 17 tokens
 def factor_gradients_kernel(
     u_ptr,  # [tokens, p]
     v_ptr,  # [tokens, q]
@@ -123,10 +139,12 @@ def factor_gradients_kernel(
     left_ptr,  # [p, rank] by its strides
     right_ptr,  # [rank, q] by its strides
     dleft_ptr,  # fp32 [programs along q, p, rank]
-    dright_ptr,  # fp32 [programs along p, rank, q]
-    tokens, p, q, rank, tiles_p, tiles_q,
+    dright_ptr,  # fp32 [chains, rank, q]
+    turns_ptr,  # int32 [chains, tiles along q], zero: the place in the chain of whom it is the turn of
+    tokens, p, q, rank, tiles_q, chain,
     stride_ut, stride_vt, stride_w, stride_packed, stride_lp, stride_lr, stride_rr, stride_rq,
     MASKED: tl.constexpr,
+    CHAINED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     RANK: tl.constexpr,
@@ -135,66 +153,67 @@ def factor_gradients_kernel(
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    part, turn = row // chain, (row % chain).to(tl.int32)
+    blocks_q = tl.cdiv(q, BLOCK_Q)
     o_r = tl.arange(0, RANK)
     m_r = o_r < rank
     dtype: tl.constexpr = u_ptr.dtype.element_ty
-    for i in range(tiles_p):
-        o_p = (row * tiles_p + i) * BLOCK_P + tl.arange(0, BLOCK_P)
-        m_p = o_p < p
-        # The first operand of a product is held by every warp that shares its rows: G where the rank is large, the
-        # factors where it is small.
-        if RANK > 16:
-            dleft = tl.zeros([BLOCK_P, RANK], tl.float32)
+    o_p = row * BLOCK_P + tl.arange(0, BLOCK_P)
+    m_p = o_p < p
+    # The first operand of a product is held by every warp that shares its rows: G where the rank is large, the
+    # factors where it is small.
+    dleft = tl.zeros([BLOCK_P, RANK], tl.float32) if RANK > 16 else tl.zeros([RANK, BLOCK_P], tl.float32)
+    for block_q in range(col * tiles_q, tl.minimum((col + 1) * tiles_q, blocks_q)):
+        o_q = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        m_q = o_q < q
+        acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
+        for start in range(0, tokens, BLOCK_T):
+            o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+            m_t = o_t < tokens
+            u = tl.load(u_ptr + o_t[:, None] * stride_ut + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0)
+            v = tl.load(v_ptr + o_t[:, None] * stride_vt + o_q[None, :], mask=m_t[:, None] & m_q[None, :], other=0.0)
+            acc += dot(tl.trans(u), v, PRECISION, WIDEN)
+        if MASKED:
+            o_byte = block_q * (BLOCK_Q // 8) + tl.arange(0, BLOCK_Q // 8)
+            p_packed = packed_ptr + o_p[:, None] * stride_packed + o_byte[None, :]
+            packed = tl.load(p_packed, mask=m_p[:, None] & (o_byte < tl.cdiv(q, 8))[None, :], other=0)
+            acc = tl.where(expand_rows(packed, BLOCK_P, BLOCK_Q), acc, 0.0)
         else:
-            dleft = tl.zeros([RANK, BLOCK_P], tl.float32)
+            p_w = w_ptr + o_p[:, None] * stride_w + o_q[None, :]
+            acc *= tl.load(p_w, mask=m_p[:, None] & m_q[None, :], other=0.0).to(tl.float32)
+        gradient = narrow(acc, dtype, WIDEN)
+        p_right = right_ptr + o_q[None, :] * stride_rq + o_r[:, None] * stride_rr
+        right = narrow(tl.load(p_right, mask=m_r[:, None] & m_q[None, :], other=0.0), dtype, WIDEN)
+        # left is read again for every tile: kept, it would take registers from the sum over the tokens.
+        if RANK > 16:
+            p_left = left_ptr + o_p[:, None] * stride_lp + o_r[None, :] * stride_lr
+            left = narrow(tl.load(p_left, mask=m_p[:, None] & m_r[None, :], other=0.0), dtype, WIDEN)
+            dleft += dot(gradient, tl.trans(right), PRECISION, WIDEN)
+            dright = tl.trans(dot(tl.trans(gradient), left, PRECISION, WIDEN))
+        else:
             p_left = left_ptr + o_p[None, :] * stride_lp + o_r[:, None] * stride_lr
-            left_t = tl.load(p_left, mask=m_r[:, None] & m_p[None, :], other=0.0).to(dtype)
-        for j in range(tiles_q):
-            o_q = (col * tiles_q + j) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            m_q = o_q < q
-            acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
-            for start in range(0, tokens, BLOCK_T):
-                o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-                m_t = o_t < tokens
-                u = tl.load(
-                    u_ptr + o_t[:, None] * stride_ut + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0
-                )
-                v = tl.load(
-                    v_ptr + o_t[:, None] * stride_vt + o_q[None, :], mask=m_t[:, None] & m_q[None, :], other=0.0
-                )
-                acc += dot(tl.trans(u), v, PRECISION, WIDEN)
-            if MASKED:
-                o_byte = (col * tiles_q + j) * (BLOCK_Q // 8) + tl.arange(0, BLOCK_Q // 8)
-                p_packed = packed_ptr + o_p[:, None] * stride_packed + o_byte[None, :]
-                packed = tl.load(p_packed, mask=m_p[:, None] & (o_byte < tl.cdiv(q, 8))[None, :], other=0)
-                acc = tl.where(expand_rows(packed, BLOCK_P, BLOCK_Q), acc, 0.0)
-            else:
-                p_w = w_ptr + o_p[:, None] * stride_w + o_q[None, :]
-                acc *= tl.load(p_w, mask=m_p[:, None] & m_q[None, :], other=0.0).to(tl.float32)
-            gradient = acc.to(dtype)
-            p_right = right_ptr + o_q[None, :] * stride_rq + o_r[:, None] * stride_rr
-            right = tl.load(p_right, mask=m_r[:, None] & m_q[None, :], other=0.0).to(dtype)
-            if RANK > 16:
-                # Read again for every tile: kept, it would take registers from the sum over the tokens.
-                p_left = left_ptr + o_p[:, None] * stride_lp + o_r[None, :] * stride_lr
-                left = tl.load(p_left, mask=m_p[:, None] & m_r[None, :], other=0.0).to(dtype)
-                dleft += dot(gradient, tl.trans(right), PRECISION, WIDEN)
-                dright = tl.trans(dot(tl.trans(gradient), left, PRECISION, WIDEN))
-            else:
-                dleft += dot(right, tl.trans(gradient), PRECISION, WIDEN)
-                dright = dot(left_t, gradient, PRECISION, WIDEN)
-            p_dright = dright_ptr + (row * rank + o_r[:, None]) * q + o_q[None, :]
-            m_right = m_r[:, None] & m_q[None, :]
-            # What earlier rows of tiles left here was perhaps written by other threads of this program.
+            left_t = narrow(tl.load(p_left, mask=m_r[:, None] & m_p[None, :], other=0.0), dtype, WIDEN)
+            dleft += dot(right, tl.trans(gradient), PRECISION, WIDEN)
+            dright = dot(left_t, gradient, PRECISION, WIDEN)
+        p_dright = dright_ptr + (part * rank + o_r[:, None]) * q + o_q[None, :]
+        m_right = m_r[:, None] & m_q[None, :]
+        if CHAINED:
+            p_turn = turns_ptr + part * blocks_q + block_q
+            while tl.atomic_cas(p_turn, turn, turn, sem="acquire", scope="gpu") != turn:
+                pass
             tl.debug_barrier()
-            dright += tl.load(p_dright, mask=m_right & (i > 0), other=0.0)
-            tl.store(p_dright, dright, mask=m_right)
-        if RANK > 16:
-            p_dleft = dleft_ptr + (col * p + o_p[:, None]) * rank + o_r[None, :]
-            tl.store(p_dleft, dleft, mask=m_p[:, None] & m_r[None, :])
-        else:
-            p_dleft = dleft_ptr + (col * p + o_p[None, :]) * rank + o_r[:, None]
-            tl.store(p_dleft, dleft, mask=m_r[:, None] & m_p[None, :])
+            # From the L2 cache: another processor wrote it.
+            dright += tl.load(p_dright, mask=m_right & (turn > 0), other=0.0, cache_modifier=".cg")
+        tl.store(p_dright, dright, mask=m_right)
+        if CHAINED:
+            tl.debug_barrier()
+            tl.atomic_xchg(p_turn, turn + 1, sem="release", scope="gpu")
+    if RANK > 16:
+        p_dleft = dleft_ptr + (col * p + o_p[:, None]) * rank + o_r[None, :]
+        tl.store(p_dleft, dleft, mask=m_p[:, None] & m_r[None, :])
+    else:
+        p_dleft = dleft_ptr + (col * p + o_p[None, :]) * rank + o_r[:, None]
+        tl.store(p_dleft, dleft, mask=m_r[:, None] & m_p[None, :])
 
 
 @triton.jit
@@ -202,13 +221,14 @@ def sum_parts_kernel(
     parts_ptr,  # fp32 [parts, size]
     out_ptr,  # [size]
     size, parts,
+    WIDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(parts):
         total += tl.load(parts_ptr + part * size + o, mask=o < size, other=0.0)
-    tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=o < size)
+    tl.store(out_ptr + o, narrow(total, out_ptr.dtype.element_ty, WIDEN), mask=o < size)
 
 
 @dataclass(frozen=True)
@@ -223,44 +243,50 @@ class Config:
 
 
 def product_config(dtype: torch.dtype, tokens: int, rank: int) -> Config:
-    """Tiles of `product_kernel`."""
+    """Tiles of `product_kernel`, so that no register is spilled."""
     if dtype == torch.float32:  # exact products, in the cores for fp32
         return Config(64, 64, 32, 4, 2)
     if tokens <= 32:
-        return Config(64, 32, 64, 4, 3)
-    return Config(128, 128, 32 if rank > 64 else 64, 8, 3)
+        return Config(64, 32, 64, 4, 3) if rank <= 16 else Config(64, 32, 32, 4 if rank <= 64 else 8, 3)
+    if rank <= 64:
+        return Config(128, 128, 64 if rank <= 16 else 32, 8, 3)
+    return Config(64, 128, 32, 8, 3)
 
 
 def factor_gradients_config(dtype: torch.dtype, rank: int) -> Config:
-    """Tiles of `factor_gradients_kernel`, so that no register is spilled; rank 128 still spills 24 bytes (sm_80)."""
+    """Tiles of `factor_gradients_kernel`, so that no register is spilled."""
     if dtype == torch.float32:
         return Config(32, 32, 32, 4, 2)
     if rank > 64:
         return Config(32, 64, 32, 8, 2)
     if rank > 16:
-        return Config(64, 64, 32, 8, 2)
+        return Config(32 if rank > 32 else 64, 128, 32, 8, 2)
     return Config(128, 128, 32, 8, 3)
 
 
-def rectangle(p: int, q: int, tokens: int, rank: int, cc: int, config: Config) -> tuple[int, int]:
-    """Tiles along p and q of one program of `factor_gradients_kernel`.
+@cache
+def schedule(p: int, q: int, tokens: int, rank: int, cc: int, config: Config) -> tuple[int, int]:
+    """Tiles along q of one program of `factor_gradients_kernel`, and how many programs along p share a partial.
 
-    A larger rectangle leaves fewer partials; too large a one leaves processors without work. Chosen for the least sum
-    of the times that the tensor cores and the partials' bytes take at the peaks of the device.
+    More tiles leave fewer partials, and too many leave processors without work; a longer chain starts later. The time
+    is estimated as the sum of what the tensor cores and the partials' bytes take at the peaks of the device and of the
+    turns of a chain. Of what is within a tenth of the least, the one that leaves the fewest bytes.
     """
     processors, tile_us, byte_us = _DEVICES[90 if cc >= 90 else 80]
     rows, cols = -(-p // config.outer), -(-q // config.inner)
     tile_us *= tokens * config.outer * config.inner / 128**2
-
-    def cost(i: int, j: int) -> tuple[float, int]:
-        programs_p, programs_q = -(-rows // i), -(-cols // j)
-        waves = -(-programs_p * programs_q // processors)
-        partials = 4 * rank * (programs_p * q + programs_q * p)
-        return waves * i * j * tile_us + partials * byte_us, partials
-
-    most = max(1, 2 * rows * cols // processors)
-    sizes = [(i, j) for i in range(1, min(rows, most) + 1) for j in range(1, min(cols, most // i) + 1)]
-    return min(sizes, key=lambda size: cost(*size))
+    choices = []
+    for chains in {-(-rows // chain) for chain in range(1, rows + 1)}:
+        for tiles in range(1, cols + 1):
+            chain, programs_q = -(-rows // chains), -(-cols // tiles)
+            waves = -(-rows * programs_q // processors)
+            # Each is written once and read once to sum, and by the next of its chain.
+            partials = 4 * rank * ((3 if chain > 1 else 2) * chains * q + 2 * programs_q * p)
+            us = waves * tiles * tile_us + partials * byte_us + (chain - 1) * _TURN_US
+            choices.append((us, partials, tiles, chain))
+    least = min(choices)[0]
+    _, _, tiles, chain = min((choice for choice in choices if choice[0] <= 1.1 * least), key=lambda choice: choice[1])
+    return tiles, chain
 
 
 def product_triton(
@@ -295,24 +321,26 @@ def factor_gradients_triton(
     (tokens, p), q, rank = u.shape, v.shape[1], left.shape[1]
     cc = target(u)
     config = factor_gradients_config(u.dtype, rank)
-    tiles_p, tiles_q = rectangle(p, q, tokens, rank, cc, config)
-    grid = (-(-p // (config.outer * tiles_p)), -(-q // (config.inner * tiles_q)))
+    tiles_q, chain = schedule(p, q, tokens, rank, cc, config)
+    grid = (-(-p // config.outer), -(-q // (config.inner * tiles_q)))
+    chains = -(-grid[0] // chain)
     left_parts = u.new_empty(grid[1], p, rank, dtype=torch.float32)
-    right_parts = u.new_empty(grid[0], rank, q, dtype=torch.float32)
+    right_parts = u.new_empty(chains, rank, q, dtype=torch.float32)
+    turns = u.new_zeros(chains, -(-q // config.inner), dtype=torch.int32)
     launch(
         factor_gradients_kernel,
         grid,
         u, v, u if weight is None else weight.detach(), u if packed is None else packed, left.detach(), right.detach(),
-        left_parts, right_parts, tokens, p, q, rank, tiles_p, tiles_q,
+        left_parts, right_parts, turns, tokens, p, q, rank, tiles_q, chain,
         u.stride(0), v.stride(0), 0 if weight is None else weight.stride(0), 0 if packed is None else packed.stride(0),
         *left.stride(), *right.stride(),
-        MASKED=packed is not None, PRECISION="ieee", WIDEN=_interpreted(), RANK=_padded(rank),
+        MASKED=packed is not None, CHAINED=chain > 1, PRECISION="ieee", WIDEN=_interpreted(), RANK=_padded(rank),
         BLOCK_P=config.outer, BLOCK_Q=config.inner, BLOCK_T=config.step,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     for parts, out in ((left_parts, dleft), (right_parts, dright)):
         size = out.numel()
-        launch(sum_parts_kernel, (-(-size // 512),), parts, out, size, parts.shape[0], BLOCK=512)
+        launch(sum_parts_kernel, (-(-size // 512),), parts, out, size, parts.shape[0], WIDEN=_interpreted(), BLOCK=512)
 
 
 def _inner_contiguous(tensor: Tensor) -> Tensor:
@@ -326,4 +354,4 @@ def _interpreted() -> bool:
 
 def _padded(rank: int) -> int:
     """The rank as the tensor cores take it."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())

@@ -43,6 +43,8 @@ class FullWeights:
         self._state = ModelState(model)
         self._params: list[tuple[nn.Parameter, torch.dtype]] = [(param, param.dtype) for param in model.parameters()]
         self._hooks: list[Any] = []
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by merge or discard)
         try:
             for param, _ in self._params:

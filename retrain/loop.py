@@ -6,7 +6,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,7 +118,14 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 
 def trainer_for(
-    model: nn.Module, windows: Tensor, config: PERPConfig, watch: Watch, *, folder: str, dtype: torch.dtype | None
+    model: nn.Module,
+    windows: Tensor,
+    config: PERPConfig,
+    watch: Watch,
+    *,
+    folder: str,
+    dtype: torch.dtype | None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     """A Trainer that runs ``config`` on ``windows`` [n, seq_len]; only what requires a gradient is optimised."""
     device = next(model.parameters()).device
@@ -155,7 +162,7 @@ def trainer_for(
         args=args,
         train_dataset=Windows(windows, config.steps * config.batch_size * config.gradient_accumulation, config.seed),
         data_collator=default_data_collator,
-        callbacks=[watch],
+        callbacks=[watch, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.autocast_dtype = dtype

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from trisparse.retrain.adapters import Adapted, is_tied, other_ties
 from trisparse.retrain.effective_sparsity import effective_sparsity
@@ -146,6 +146,7 @@ def retrain(
     tokenizer: Any = None,
     validation: Any = None,
     progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RetrainReport:
     """Retrain a pruned causal language model in place, keeping its zeros.
 
@@ -163,6 +164,7 @@ def retrain(
         tokenizer: for text.
         validation: data whose loss is measured before and after.
         progress: show a progress bar on stderr.
+        callbacks: of the Trainer, such as :class:`trisparse.retrain.freezing.FreezingCallback`.
 
     Raises:
         ValueError: the model or the data does not fit ``config``.
@@ -188,7 +190,10 @@ def retrain(
             adapted.switch_cache_off()
             validate = [] if held_out is None else [mean_loss(adapted.module, held_out, config.batch_size, dtype)]
             with watch, PeakMemory(device) as memory:
-                trainer_for(adapted.module, windows, config, watch, folder=folder, dtype=dtype).train()
+                trainer = trainer_for(
+                    adapted.module, windows, config, watch, folder=folder, dtype=dtype, callbacks=callbacks
+                )
+                trainer.train()
             if broken := adapted.first_not_finite():
                 raise RetrainError(f"{broken} is not finite after step {config.steps}; the model is as it was before")
             check_masks(model)

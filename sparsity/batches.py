@@ -26,6 +26,7 @@ def calibration_batches(
     seq_len: int | None = None,
     seed: int = 0,
     in_one: bool = False,
+    rows: int | None = None,
 ) -> list[Batch]:
     """Micro-batches on the model's device.
 
@@ -35,6 +36,7 @@ def calibration_batches(
             model's forward, or tensors for its first argument. Batches are taken as they are.
         tokenizer, samples, seq_len, seed: as in ``sparsify``.
         in_one: put all windows into one batch.
+        rows: windows of a batch, all batches alike; None takes about 4,096 tokens.
 
     Raises:
         ValueError: no, empty or too short data, ids outside the vocabulary, or text without a tokenizer.
@@ -62,7 +64,15 @@ def calibration_batches(
     windows = token_windows(
         data, tokenizer=tokenizer, seq_len=seq_len, samples=samples, seed=seed, vocab_size=vocab_size
     ).to(device)
-    rows = len(windows) if in_one else max(1, _MICRO_BATCH_TOKENS // seq_len)
+    if rows is not None:
+        if len(windows) < rows:
+            raise ValueError(
+                f"data is shorter than one batch: {len(windows)} windows of seq_len={seq_len} tokens, and "
+                f"batch_size={rows}"
+            )
+        windows = windows[: len(windows) // rows * rows]
+    else:
+        rows = len(windows) if in_one else max(1, _MICRO_BATCH_TOKENS // seq_len)
     return [{"input_ids": part, **extra} for part in windows.split(rows)]
 
 

@@ -75,6 +75,8 @@ def select_over_all(targets: Sequence[Target], scores: Sequence[Sequence[Score]]
 
 
 def _select_together(scores: Sequence[Score], pattern: Unstructured) -> list[Tensor]:
+    if len({score.absolute for score in scores}) > 1:  # as where only some targets were pruned before
+        scores = [Score(score.materialise(), absolute=False) for score in scores]
     total = sum(score.weight.numel() for score in scores)
     return select_global(
         [score.weight for score in scores],

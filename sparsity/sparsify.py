@@ -241,10 +241,15 @@ class _Pruning:
                 f"{target.name}: metric {self.metric} gives negative scores, and {self.pattern} ranks rows by the norm "
                 "of their scores"
             )
-        # Weights pruned before are zero and go first again: before live ones that score zero, too, where an input is 0.
-        if earlier is not None and (not scores[0].absolute or scores[0].x is not None):
-            kept = earlier.matrix(target.weight.device).chunk(target.parts)
-            least = 0.0 if by_norm else -torch.inf
+        # Weights pruned before are zero and go first again: before live ones that score zero, too, where an input or
+        # the weight itself is 0.
+        kept = None if earlier is None else earlier.matrix(target.weight.device).chunk(target.parts)
+        if kept is not None and (
+            not scores[0].absolute
+            or scores[0].x is not None
+            or any(bool(((w == 0) & part).any()) for w, part in zip(parts, kept, strict=True))
+        ):
+            least = 0.0 if isinstance(self.pattern, Rows) else -torch.inf  # rows are ranked by a norm
             scores = [
                 Score(score.materialise().masked_fill(~part & (w == 0), least), absolute=False)
                 for score, part, w in zip(scores, kept, parts, strict=True)

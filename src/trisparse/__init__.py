@@ -12,9 +12,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trisparse.retrain.cycles import CyclesConfig, LayerCollapseError, prune_cycles
+    from trisparse.retrain.cycles_report import CyclesReport
     from trisparse.retrain.effective_sparsity import EffectiveSparsity, effective_sparsity
+    from trisparse.retrain.freezing import GradualFreezing
     from trisparse.retrain.loop import RetrainError
     from trisparse.retrain.perp import PERPConfig, retrain
+    from trisparse.retrain.reconstruct import ReconstructConfig, reconstruct
+    from trisparse.retrain.reconstruct_report import ReconstructReport
     from trisparse.retrain.report import RetrainReport
     from trisparse.retrain.sparse_lora_config import SparseLoraConfig, load_adapters, sparse_lora_modules
     from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
@@ -38,11 +43,17 @@ _HOME = {
     "CheckpointError": "sparsity.checkpoint",
     "CompressionReport": "sparsity.compression",
     "EffectiveSparsity": "retrain.effective_sparsity",
+    "CyclesConfig": "retrain.cycles",
+    "CyclesReport": "retrain.cycles_report",
+    "GradualFreezing": "retrain.freezing",
+    "LayerCollapseError": "retrain.cycles",
     "Mask": "sparsity.mask",
     "MaskError": "sparsity.mask",
     "Metric": "sparsity.metric",
     "PERPConfig": "retrain.perp",
     "Pattern": "sparsity.pattern",
+    "ReconstructConfig": "retrain.reconstruct",
+    "ReconstructReport": "retrain.reconstruct_report",
     "RetrainError": "retrain.loop",
     "RetrainReport": "retrain.report",
     "Rows": "sparsity.pattern",
@@ -62,6 +73,8 @@ _HOME = {
     "masks": "sparsity.mask",
     "perplexity": "sparsity.perplexity",
     "retrain_vision": "retrain.vision",
+    "prune_cycles": "retrain.cycles",
+    "reconstruct": "retrain.reconstruct",
     "save": "sparsity.checkpoint",
     "sparse_lora_modules": "retrain.sparse_lora_config",
     "sparsify": "sparsity.sparsify",
@@ -72,12 +85,18 @@ __all__ = [
     "BlocksNotChainedError",
     "CheckpointError",
     "CompressionReport",
+    "CyclesConfig",
+    "CyclesReport",
     "EffectiveSparsity",
+    "GradualFreezing",
+    "LayerCollapseError",
     "Mask",
     "MaskError",
     "Metric",
     "PERPConfig",
     "Pattern",
+    "ReconstructConfig",
+    "ReconstructReport",
     "RetrainError",
     "RetrainReport",
     "Rows",
@@ -96,6 +115,8 @@ __all__ = [
     "load_adapters",
     "masks",
     "perplexity",
+    "prune_cycles",
+    "reconstruct",
     "retrain",
     "retrain_vision",
     "save",

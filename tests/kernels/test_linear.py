@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from trisparse.bench.masked_lora import peak_bytes
 from trisparse.kernels import linear as module
 from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.compressed import FORMATS, TILE, CompressedWeight, compress, tile_offsets
@@ -94,18 +95,31 @@ def test_equals_torch(format, rank, shape, dtype, monkeypatch):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rank", [0, 3])
-def test_gradients(format, rank, monkeypatch):
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradients(format, rank, biased, monkeypatch):
     rows, cols = 5, 112
     monkeypatch.setattr(module, "_CHUNK", 2 * cols)
-    _, weight = compressed(format, torch.float64, rows, cols)
-    x = normal(1, 2, cols, seed=4, dtype=torch.float64, grad=True)
-    bias = normal(rows, seed=5, dtype=torch.float64, grad=True)
+    dense, weight = compressed(format, torch.float64, rows, cols)
+    inputs = [normal(1, 2, cols, seed=4, dtype=torch.float64, grad=True)]
+    if biased:
+        inputs.append(normal(rows, seed=5, dtype=torch.float64, grad=True))
     if rank:
-        a, b, _ = adapter(rank, torch.float64, rows, cols, grad=True)
-        assert torch.autograd.gradcheck(lambda x, bias, a, b: linear(x, weight, bias, (a, b, 0.5)), (x, bias, a, b))
-    else:
-        assert torch.autograd.gradcheck(lambda x, bias: linear(x, weight, bias), (x, bias))
-        assert torch.autograd.gradcheck(lambda x: linear(x, weight), (x,))
+        inputs += adapter(rank, torch.float64, rows, cols, grad=True)[:2]
+
+    def ours(x, *rest):
+        return linear(x, weight, rest[0] if biased else None, (*rest[-2:], 0.5) if rank else None)
+
+    def formula(x, *rest):
+        y = x @ dense.T
+        if biased:
+            y = y + rest[0]
+        return y + 0.5 * (x @ rest[-2].T) @ rest[-1].T if rank else y
+
+    assert torch.autograd.gradcheck(ours, inputs)
+    dy = normal(1, 2, rows, seed=6, dtype=torch.float64)
+    torch.testing.assert_close(ours(*inputs), formula(*inputs))
+    expected = torch.autograd.grad(formula(*inputs), inputs, dy)
+    torch.testing.assert_close(torch.autograd.grad(ours(*inputs), inputs, dy), expected)
 
 
 def test_gradients_of_the_adapter_alone():
@@ -126,6 +140,20 @@ def test_half_precision_gradients_are_as_exact_as_torch(format, monkeypatch):
     exact = dy.double() @ dense.double()
     assert (dx.double() - exact).abs().max() <= 2 * ((dy @ dense).double() - exact).abs().max()
     assert low.shape == (9, 0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_memory_is_that_of_a_tile(format, precision, monkeypatch):
+    tile, (rows, cols) = 1 << 14, (2048, 560)
+    monkeypatch.setattr(module, "_CHUNK", tile)
+    _, weight = compressed(format, precision, rows, cols)
+    x, dy = normal(4, cols, dtype=precision), normal(4, rows, dtype=precision)
+    # 16 bytes a weight of the tile: itself, where it lies as int64, and in between.
+    allowed = 17 * tile + 4 * 4 * (rows + cols) * 4
+    assert allowed < rows * cols * precision.itemsize / 3
+    assert peak_bytes(lambda: linear(x, weight)) <= allowed
+    assert peak_bytes(lambda: linear_backward(dy, weight)) <= allowed
 
 
 @pytest.mark.parametrize(("format", "rank"), [("2:4", 0), ("bitmask", 3)])

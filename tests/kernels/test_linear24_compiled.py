@@ -1,4 +1,7 @@
-"""The compiled 2:4 product: it fits its GPUs, is right and free of races under emulation, and meets its bounds."""
+"""The compiled 2:4 product: it fits its GPUs, is right and free of races under emulation, and meets its bounds.
+
+`pytest -m gpu tests/kernels/test_linear24_compiled.py` runs it on a GPU.
+"""
 
 import os
 
@@ -9,7 +12,8 @@ from torch.nn import functional as F
 from trisparse.bench.bounds_linear24 import SHAPES, bound, product
 from trisparse.kernels.aot import resources, table
 from trisparse.kernels.launch import Emulator, ptxsim, using
-from trisparse.kernels.linear24 import config, dense24, linear24, pack24
+from trisparse.kernels.launch import device as cuda
+from trisparse.kernels.linear24 import config, dense24, linear24, linear24_ref, pack24
 from trisparse.kernels.nm import select_nm
 
 pytest.importorskip("triton")
@@ -70,30 +74,31 @@ def normal(*shape, dtype):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-@ptx_test
-@pytest.mark.parametrize(
-    ("rows", "cols", "tokens", "rank", "dtype"),
-    [
-        (128, 256, 128, 0, torch.bfloat16),
-        (128, 256, 128, 16, torch.float16),
-        (128, 256, 1, 0, torch.float16),
-        (128, 256, 13, 7, torch.bfloat16),
-        (48, 320, 5, 1, torch.bfloat16),  # a tail of columns for the four warps along k, and one of rows
-        (272, 192, 130, 40, torch.bfloat16),  # tails of rows and tokens, a rank that is padded
-        (48, 64, 70, 65, torch.float16),
-        (64, 4096, 16, 16, torch.bfloat16),  # k split over four CTAs
-        (256, 4096, 65, 0, torch.bfloat16),
-    ],
-)
-def test_emulated_with_checks(rows, cols, tokens, rank, dtype):
-    weight = normal(rows, cols, dtype=dtype)
+CASES = [
+    # rows, columns, tokens, rank, dtype
+    (128, 256, 128, 0, torch.bfloat16),
+    (128, 256, 128, 16, torch.float16),
+    (128, 256, 1, 0, torch.float16),
+    (128, 256, 13, 7, torch.bfloat16),
+    (48, 320, 5, 1, torch.bfloat16),  # a tail of columns for the four warps along k, and one of rows
+    (272, 192, 130, 40, torch.bfloat16),  # tails of rows and tokens, a rank that is padded
+    (48, 64, 70, 65, torch.float16),
+    (64, 4096, 16, 16, torch.bfloat16),  # k split over four CTAs
+    (256, 4096, 65, 0, torch.bfloat16),
+]
+
+
+def check(rows, cols, tokens, rank, dtype, device="cpu"):
+    """The product is in error by at most twice what torch's own operations are in the same dtype."""
+    weight = normal(rows, cols, dtype=dtype).to(device)
     packed = pack24(*select_nm(weight, 2, 4, out="compressed"))
-    x, bias = normal(tokens, cols, dtype=dtype), normal(rows, dtype=dtype)
-    lora = (normal(rank, cols, dtype=dtype) / cols**0.5, normal(rows, rank, dtype=dtype), 2.0) if rank else None
-    with using(Emulator(options={"race_check": True, "check_uninit": True})) as emulator:
+    x, bias = normal(tokens, cols, dtype=dtype).to(device), normal(rows, dtype=dtype).to(device)
+    lora = None
+    if rank:
+        a, b = normal(rank, cols, dtype=dtype) / cols**0.5, normal(rows, rank, dtype=dtype)
+        lora = (a.to(device), b.to(device), 2.0)
+    with using(Emulator(options={"race_check": True, "check_uninit": True}) if device == "cpu" else cuda) as runner:
         y = linear24(x, *packed, bias, lora)
-    splits = config(rows, cols, tokens, rank, 80).splits
-    assert [name for name, _ in emulator.profiles] == ["linear24_kernel", "add_splits_kernel"][: 1 + (splits > 1)]
     dense = dense24(*packed)
     exact = x.double() @ dense.double().T + bias.double()
     plain = F.linear(x, dense, bias)
@@ -101,7 +106,30 @@ def test_emulated_with_checks(rows, cols, tokens, rank, dtype):
         exact += 2 * x.double() @ lora[0].double().T @ lora[1].double().T
         plain = plain + 2 * F.linear(F.linear(x, lora[0]), lora[1])
     assert y.dtype == dtype
+    assert y.device == x.device
     assert (y.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+    reference = linear24_ref(x, *packed, bias, lora)
+    assert (reference.double() - exact).abs().max() <= (plain.double() - exact).abs().max()
+    return runner
+
+
+@ptx_test
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_emulated_with_checks(case):
+    splits = config(*case[:4], 80).splits
+    launches = [name for name, _ in check(*case).profiles]
+    assert launches == ["linear24_kernel", "add_splits_kernel"][: 1 + (splits > 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs a GPU from sm_80 on"
+)
+@pytest.mark.parametrize(
+    "case", [*CASES, *((*shape, tokens, 16, torch.bfloat16) for shape in SHAPES for tokens in (1, 16, 513))], ids=str
+)
+def test_on_a_gpu(case):
+    check(*case, device="cuda")
 
 
 @ptx_test

@@ -80,7 +80,8 @@ def test_gradcheck(variant, transposed):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("elements", [1, 72, 95, 96, 107, 108, 1000])  # of 108: 8 rows at a time, a ragged rest, all
 def test_equals_the_formula_at_every_tile_boundary(monkeypatch, elements, variant, transposed):
-    monkeypatch.setitem(module._TILE_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(module._TILE_BYTES, "cpu", 8 * elements)
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 27)  # 2 or 3 rows, also where they do not divide a tile
     case = problem(transposed=transposed)
     got = outputs_and_grads(variant, *case, transposed=transposed)
     want = outputs_and_grads(variant, *case, transposed=transposed, reference=True)
@@ -147,11 +148,11 @@ def test_opcheck(transposed):
     for mask in (packed, None):
         leaves = [t.clone().requires_grad_() for t in (x, left, right, bias)]
         arguments = (leaves[0], weight, mask, *leaves[1:], transposed)
-        torch.library.opcheck(module._PRODUCT.registered, arguments)
+        torch.library.opcheck(module.PRODUCT.registered, arguments)
         u, v = (x, x[:, :1].expand(-1, right.shape[1])) if transposed else (x[:, :1].expand(-1, left.shape[0]), x)
         scaled = weight if mask is None else None
         torch.library.opcheck(
-            module._FACTOR_GRADIENTS.registered, (u.contiguous(), v.contiguous(), scaled, mask, left, right)
+            module.FACTOR_GRADIENTS.registered, (u.contiguous(), v.contiguous(), scaled, mask, left, right)
         )
 
 

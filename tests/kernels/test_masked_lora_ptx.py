@@ -5,36 +5,36 @@ import os
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from trisparse.bench.bounds_masked_lora import bound
 from trisparse.kernels import masked_lora as module
+from trisparse.kernels import masked_lora_triton
 from trisparse.kernels.aot import resources
 from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.launch import Emulator, ptxsim, using
 
-pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels", allow_module_level=True)
 
 
-@pytest.mark.parametrize("tokens", [512, 2048])
-@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (4096, 11008)], ids=str)
-def test_no_kernel_spills(shape, tokens):
-    def meta(*shape, dtype=torch.bfloat16):
-        return torch.empty(*shape, dtype=dtype, device="meta")
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
-    out, inputs = shape
-    x, dy, weight = meta(tokens, inputs), meta(tokens, out), meta(out, inputs)
-    packed = meta(out, inputs // 8, dtype=torch.uint8)
-    for dtype in (torch.bfloat16, torch.float32):  # of the factors
-        a, b = meta(16, inputs, dtype=dtype), meta(out, 16, dtype=dtype)
-        for mask, scaled in ((packed, None), (None, weight)):
 
-            def both(mask=mask, scaled=scaled, a=a, b=b):
-                module._PRODUCT(x, weight, mask, b, a, None, False)
-                module._PRODUCT(dy, weight, mask, b, a, None, True)
-                module._FACTOR_GRADIENTS(dy, x, scaled, mask, b, a)
+# Shapes that are multiples of 16 compile to the same kernels; bench/bounds_masked_lora.py has the others.
+@pytest.mark.parametrize(("tokens", "rank", "dtype"), [(16, 128, torch.float32), (512, 16, torch.bfloat16)])
+def test_no_kernel_spills(tokens, rank, dtype):
+    x, dy, weight = meta(tokens, 4096), meta(tokens, 4096), meta(4096, 4096)
+    packed = meta(4096, 512, dtype=torch.uint8)
+    a, b = meta(rank, 4096, dtype=dtype), meta(4096, rank, dtype=dtype)  # fp32 under autocast
+    for mask, scaled in ((packed, None), (None, weight)):
 
-            assert [problem for row in resources(both) for problem in row.problems()] == []
+        def both(mask=mask, scaled=scaled):
+            module.PRODUCT(x, weight, mask, b, a, None, False)
+            module.PRODUCT(dy, weight, mask, b, a, None, True)
+            module.FACTOR_GRADIENTS(dy, x, scaled, mask, b, a)
+
+        assert [problem for row in resources(both) for problem in row.problems()] == []
 
 
 @pytest.mark.ptx
@@ -46,19 +46,18 @@ class TestEmulated:
         except ImportError:
             pytest.skip("needs ptxsim")
 
-    @pytest.mark.parametrize("variant", ["mask", "scale"])
-    def test_right_and_free_of_races(self, variant):
+    def check(self, variant, options, sizes=(40, 136, 144, 16)):
         g = torch.Generator().manual_seed(0)
-        tokens, out, inputs, rank = 72, 136, 144, 16
+        tokens, out, inputs, rank = sizes
         x, dy = torch.randn(tokens, inputs, generator=g).bfloat16(), torch.randn(tokens, out, generator=g).bfloat16()
         keep = torch.rand(out, inputs, generator=g) > 0.5
         weight = (torch.randn(out, inputs, generator=g) * keep).bfloat16()
         a, b = torch.randn(rank, inputs, generator=g).bfloat16() / 4, torch.randn(out, rank, generator=g).bfloat16()
         packed = pack_bits(keep) if variant == "mask" else None
-        with using(Emulator(options={"race_check": True, "check_uninit": True})):
-            y = module._PRODUCT(x, weight, packed, b, a, None, False)
-            dx = module._PRODUCT(dy, weight, packed, b, a, None, True)
-            db, da = module._FACTOR_GRADIENTS(dy, x, None if variant == "mask" else weight, packed, b, a)
+        with using(Emulator(options=options)):
+            y = module.PRODUCT(x, weight, packed, b, a, None, False)
+            dx = module.PRODUCT(dy, weight, packed, b, a, None, True)
+            db, da = module.FACTOR_GRADIENTS(dy, x, None if variant == "mask" else weight, packed, b, a)
         x, dy, weight, a, b = (tensor.double() for tensor in (x, dy, weight, a, b))
         effective = weight + keep * (b @ a) if variant == "mask" else weight * (b @ a)
         gradient = (dy.t() @ x) * (keep if variant == "mask" else weight)
@@ -66,8 +65,18 @@ class TestEmulated:
         for mine, want in zip((y, dx, db, da), wanted, strict=True):
             assert (mine.double() - want).norm() <= 2**-7 * want.norm()
 
+    @pytest.mark.parametrize("variant", ["mask", "scale"])
+    def test_right_and_free_of_races(self, variant, monkeypatch):
+        # Programs of a chain write to one place in turn, which the check of races does not know.
+        monkeypatch.setattr(masked_lora_triton, "schedule", lambda *_: (1, 1))
+        self.check(variant, {"race_check": True, "check_uninit": True})
+
+    def test_chain_in_any_order_of_execution(self, monkeypatch):
+        monkeypatch.setattr(masked_lora_triton, "schedule", lambda *_: (2, 3))
+        self.check("mask", {"schedule": "random", "seed": 1, "batch": 6}, (16, 264, 136, 16))
+
     def test_bytes_of_the_backward(self):
-        figures = bound("mask", 512, 4096, 4096)
+        figures = bound("scale", 512, 4096, 4096)
         assert figures["dA, dB"]["over_compulsory"] <= 1.15
         assert figures["dx"]["over_compulsory"] <= 1.15
         assert all(figures[name]["spill_bytes"] == 0 for name in ("forward", "dx", "dA, dB"))
