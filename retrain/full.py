@@ -48,7 +48,7 @@ class FullWeights:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by merge or discard)
         try:
             for param, _ in self._params:
-                self._file.write(memoryview(_bytes(param.detach().cpu()).numpy()))
+                self._file.write(_bytes(param.detach().cpu()))
             self._file.flush()
             for param, _ in self._params:
                 param.data = param.data.float()
@@ -58,7 +58,7 @@ class FullWeights:
                 packed, cols = mask.bits, mask.cols
                 if mask.transposed:
                     cols = param.shape[-1]
-                    packed = pack_bits(mask.dense().reshape(-1, cols))
+                    packed = pack_bits(mask.dense().reshape(-1, cols).contiguous())
                 hook = partial(_zero_pruned, packed.to(param.device), cols)
                 self._hooks.append(param.register_post_accumulate_grad_hook(hook))
         except BaseException:
@@ -95,7 +95,7 @@ class FullWeights:
                 self._file.seek(0)
                 for param, dtype in self._params:
                     before = torch.empty(param.shape, dtype=dtype)
-                    self._file.readinto(memoryview(_bytes(before).numpy()))  # type: ignore[attr-defined]
+                    self._file.readinto(_bytes(before))
                     param.data = param.data.to(dtype)
                     param.copy_(before)
             self._release()
@@ -107,9 +107,9 @@ class FullWeights:
         self._state.restore()
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor, uint8 [bytes]; a copy of another one."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU; of another one, that of a copy."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _zero_pruned(packed: Tensor, cols: int, param: Tensor) -> None:

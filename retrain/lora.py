@@ -175,13 +175,14 @@ class MaskLoraConv2d(_DenseLora):
         layer: nn.Conv2d = self.get_base_layer()
         weight, groups = layer.weight, layer.groups
         up = self._all_rows(up)
+        y: Tensor
         if variant == "lora" or variant == "lora_prune":
-            y: Tensor = layer(x)
             # each group of the layer has its own inputs, and A is one matrix over those of any group
             kernel = down.view(-1, *weight.shape[1:]).repeat(groups, 1, 1, 1)
             hidden = layer._conv_forward(x, kernel.to(weight.dtype), None)
             factor = (up * scale).to(weight.dtype)[:, :, None, None]
-            return y + nn.functional.conv2d(hidden, factor, groups=groups)
+            y = layer(x) + nn.functional.conv2d(hidden, factor, groups=groups)
+            return y
         update = up @ down
         if variant == "scale_lora":
             effective = weight * update.view_as(weight)
@@ -189,7 +190,8 @@ class MaskLoraConv2d(_DenseLora):
             assert self.packed is not None
             keep = unpack_bits(self.packed, update.shape[1])
             effective = weight + (update * scale).masked_fill(~keep, 0).view_as(weight)
-        return layer._conv_forward(x, effective.to(weight.dtype), layer.bias)
+        y = layer._conv_forward(x, effective.to(weight.dtype), layer.bias)
+        return y
 
 
 def mask_lora_modules(config: LoraConfig) -> LoraConfig:
