@@ -48,7 +48,7 @@ def usual_step(model: Any, *, checkpointing: bool) -> Step:
     model.config.use_cache = False
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     pruned = [(model.get_parameter(name), mask.dense().to(torch.float32)) for name, mask in masks(model).items()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
@@ -71,7 +71,7 @@ def perp_step(model: Any, groups: tuple[str, ...], variant: str, *, checkpointin
     adapted.switch_cache_off()
     module = adapted.module.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch(1, progress=False)
         trainer: Any = trainer_for(module, torch.zeros(batch, seq_len).long(), config, watch, folder=folder, dtype=None)
