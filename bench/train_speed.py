@@ -163,6 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-speed", action="store_true", help="measure the memory alone")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    model: Any
     if options.model is None:
         model, _ = load_smollm2()
     else:
