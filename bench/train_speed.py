@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -177,7 +178,14 @@ def main(arguments: list[str] | None = None) -> None:
     windows = torch.randint(0, vocabulary, (4, options.batch, options.seq_len), generator=generator)
     result: dict[str, Any] = {"batch": options.batch, "seq_len": options.seq_len, "rounds": options.rounds}
     if not options.no_speed:
-        result["speed"] = speeds(model, names, windows, options.rounds)
+        total = options.rounds + 1
+        result["speed"] = speeds(
+            model,
+            names,
+            windows,
+            options.rounds,
+            lambda number: print(f"round {number + 1} of {total}", file=sys.stderr),
+        )
     if not options.no_memory:
         result["memory"] = memory(model, names, windows)
     result["environment"] = environment()
