@@ -76,13 +76,13 @@ class CyclesConfig:
         for name, allowed in (("schedule", SCHEDULES), ("propagate", PROPAGATE)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, kind, wanted in (
+        for name, kind, described in (
             ("retraining", PERPConfig, "a PERPConfig"),
             ("freezing", GradualFreezing | None, "a GradualFreezing or None"),
             ("allow_collapse", bool, "True or False"),
         ):
             if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be {described}, got {getattr(self, name)!r}")
         groups = set(self.retraining.groups)
         if self.freezing is not None and not groups & {"lora", "full"}:
             raise ValueError(
