@@ -39,15 +39,15 @@ def bound(variant: str, tokens: int, out: int, inputs: int, rank: int = 16) -> d
     activations = 2 * (x.numel() + dy.numel())
     runs: dict[str, tuple[Callable[[], Any], int]] = {
         "forward": (
-            lambda: masked_lora._PRODUCT(x, weight, packed, b, a, None, False),
+            lambda: masked_lora.PRODUCT(x, weight, packed, b, a, None, False),
             activations + w_bytes + mask_bytes + small,
         ),
         "dx": (
-            lambda: masked_lora._PRODUCT(dy, weight, packed, b, a, None, True),
+            lambda: masked_lora.PRODUCT(dy, weight, packed, b, a, None, True),
             activations + w_bytes + mask_bytes + small,
         ),
         "dA, dB": (
-            lambda: masked_lora._FACTOR_GRADIENTS(dy, x, weight if packed is None else None, packed, b, a),
+            lambda: masked_lora.FACTOR_GRADIENTS(dy, x, weight if packed is None else None, packed, b, a),
             activations + w_bytes + 2 * small,
         ),
     }

@@ -75,6 +75,11 @@ def as_table(result: dict[str, Any]) -> str:
     """The times in microseconds, the fastest backend of each token count marked."""
     out = io.StringIO()
     console = Console(file=out, width=140, color_system=None, highlight=False)
+    for row in result["launches"]:
+        gain = row["computed_seconds"] / row["seconds"]
+        console.print(
+            f"{row['kernel']} {row['case']}: {row['tried']} tried, {gain:.2f}x of the computed one", markup=False
+        )
     for row in result["layers"]:
         counts = list(row["seconds"])
         table = Table(title=row["layer"], title_justify="left")

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from trisparse.kernels.compressed import CompressedWeight
 from trisparse.kernels.launch import by_kernel, target
-from trisparse.kernels.linear_config import config
+from trisparse.kernels.linear_config import Config, config, key
 from trisparse.kernels.operation import Operation
+from trisparse.kernels.tuned import tuned
 
 Lora = tuple[Tensor, Tensor, float]
 
@@ -208,7 +209,9 @@ def _by_kernel(
     if x.dtype not in _KERNEL_DTYPES:
         raise ValueError(f"x has dtype {x.dtype}; the kernel takes {_KERNEL_DTYPES}")
     cc, rank = target(x), low.shape[1]
-    how = config(weight.shape, x.dtype, cc, x.shape[0], format=weight.format, rank=rank, backward=backward)
+    case: dict[str, Any] = {"format": weight.format, "rank": rank, "backward": backward}
+    found = tuned(x, "linear", key(weight.shape, x.dtype, x.shape[0], **case))
+    how = config(weight.shape, x.dtype, cc, x.shape[0], **case) if found is None else Config(**found)
     x = x if x.stride(1) == 1 else x.contiguous()
     product_triton(x, weight, bias if bias is None else bias.contiguous(), lora, y, low, how, backward)
 

@@ -27,7 +27,7 @@ its registers side by side. It takes as many bytes. Rows are a multiple of 16, c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from trisparse.kernels.compressed import CompressedWeight
 from trisparse.kernels.launch import by_kernel, launch, target
 from trisparse.kernels.linear import linear_backward
 from trisparse.kernels.operation import Operation
+from trisparse.kernels.tuned import bucket, tuned
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_RANK = 128
@@ -250,6 +251,16 @@ class Config:
         return self.k_warps * self.row_warps * self.token_warps
 
 
+# (rows, tokens, row warps, token warps) that fit 255 registers, by the padded rank.
+_TILES = {
+    0: [(256, 128, 4, 2), (256, 64, 4, 1), (128, 64, 2, 2)],
+    16: [(256, 64, 4, 1), (128, 64, 2, 2)],
+    32: [(256, 32, 4, 1), (128, 64, 2, 2)],
+    64: [(256, 32, 4, 1), (128, 64, 2, 2)],
+    128: [(256, 32, 8, 1), (128, 64, 4, 2)],
+}
+
+
 def config(rows: int, cols: int, tokens: int, rank: int, cc: int) -> Config:
     """The tiles for W [rows, cols], `tokens` of x and LoRA of `rank` (0 for none) on compute capability `cc`.
 
@@ -273,13 +284,6 @@ def config(rows: int, cols: int, tokens: int, rank: int, cc: int) -> Config:
         stages_of_k = -(-cols // (64 * k_warps))
         splits = min(2 * sms // max(ctas, 1), stages_of_k // 4, cols // (28 * max(tokens, 1)))
         return Config(tile_rows, tile, k_warps, 1, 1, max(splits, 1), 3 if tile <= 16 and padded <= 16 else 2)
-    candidates = {
-        0: [(256, 128, 4, 2), (256, 64, 4, 1), (128, 64, 2, 2)],
-        16: [(256, 64, 4, 1), (128, 64, 2, 2)],
-        32: [(256, 32, 4, 1), (128, 64, 2, 2)],
-        64: [(256, 32, 4, 1), (128, 64, 2, 2)],
-        128: [(256, 32, 8, 1), (128, 64, 4, 2)],
-    }[padded]
 
     def cost(tile: tuple[int, int, int, int]) -> float:
         tile_rows, tile_tokens, row_warps, token_warps = tile
@@ -292,8 +296,24 @@ def config(rows: int, cols: int, tokens: int, rank: int, cc: int) -> Config:
         ctas = -(-rows // tile_rows) * -(-tokens // tile_tokens)
         return -(-ctas // sms) * max(tensor, shared, l2)
 
-    tile_rows, tile_tokens, row_warps, token_warps = min(candidates, key=cost)
+    tile_rows, tile_tokens, row_warps, token_warps = min(_TILES[padded], key=cost)
     return Config(tile_rows, tile_tokens, 1, row_warps, token_warps, 1, 2)
+
+
+def key(rows: int, cols: int, dtype: torch.dtype, tokens: int, rank: int) -> str:
+    """What a measured configuration is filed under."""
+    return f"{rows}x{cols} {str(dtype).removeprefix('torch.')} {bucket(tokens)} tokens rank {rank}"
+
+
+def alternatives(rows: int, cols: int, tokens: int, rank: int, cc: int) -> list[Config]:
+    """Configurations to measure against each other; the first is `config`'s. Some may not fit a device."""
+    first, padded = config(rows, cols, tokens, rank, cc), _padded_rank(rank)
+    found = {first} | {Config(r, t, 1, rw, tw, 1, stages) for r, t, rw, tw in _TILES[padded] for stages in (2, 3)}
+    if tokens <= 64:
+        for tile_rows in (16, 32):
+            for splits in {1, 2, 4, first.splits}:
+                found |= {replace(first, rows=tile_rows, splits=splits, stages=stages) for stages in (2, 3)}
+    return sorted(found, key=lambda one: one != first)
 
 
 def _power_of_two(n: int) -> int:
@@ -327,7 +347,8 @@ def _by_kernel(
     if not tokens:
         return y
     rank = 0 if a is None else a.shape[0]
-    c = config(rows, cols, tokens, rank, cc)
+    found = tuned(x, "linear24", key(rows, cols, x.dtype, tokens, rank))
+    c = config(rows, cols, tokens, rank, cc) if found is None else Config(**found)
     partial = y if c.splits == 1 else y.new_empty(c.splits, tokens, rows, dtype=torch.float32)
     x = _aligned(x)
     launch(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
+
+from trisparse.kernels.tuned import bucket
 
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148}  # streaming multiprocessors: A100, A10/3090, 4090/L40, H100, B200
 DECODE_TOKENS = 32  # up to here the weight's bytes bind, and the work is cut for streaming them
@@ -86,3 +89,27 @@ def _few(outer: int, inner: int, cc: int, tokens: int, format: str, rank: int, b
     splits = max(range(1, max(1, allowed) + 1), key=lambda count: busy(count) - count * 8 * tokens / (1.125 * inner))
     why = f"few tokens: stream the weight; {splits} of at most {allowed} parts keep {sms} SMs {busy(splits):.0%} busy"
     return Config(block, tile, step, splits, warps, 3, splits > 1 or rank > 0, why)
+
+
+def key(shape: tuple[int, int], dtype: torch.dtype, tokens: int, *, format: str, rank: int, backward: bool) -> str:
+    """What a measured configuration is filed under; the arguments are those of `config`."""
+    direction = "backward" if backward else "forward"
+    name = str(dtype).removeprefix("torch.")
+    return f"{shape[0]}x{shape[1]} {name} {format} {direction} {bucket(tokens)} tokens rank {rank}"
+
+
+def alternatives(
+    shape: tuple[int, int], dtype: torch.dtype, cc: int, tokens: int, *, format: str, rank: int, backward: bool
+) -> list[Config]:
+    """Configurations to measure against each other; the first is `config`'s. Some may not fit a device."""
+    first = config(shape, dtype, cc, tokens, format=format, rank=rank, backward=backward)
+    found = {first}
+    if dtype != torch.float32:
+        splits = sorted({1, 2, 4, 8, first.splits}) if tokens <= DECODE_TOKENS else [1]
+        tiles = [(64, 64, 4), (32, 128, 2), (64, 128, 4), (128, 32, 4), (128, 64, 8), (64, 32, 4)]
+        shapes = [(first.outer, first.inner, first.num_warps), *tiles]
+        for (outer, inner, warps), parts, stages in product(shapes, splits, (2, 3, 4)):
+            partial = tokens <= DECODE_TOKENS and (parts > 1 or rank > 0)
+            found.add(Config(first.tokens, outer, inner, parts, warps, stages, partial, "measured"))
+        found -= {replace(first, reason="measured")}
+    return sorted(found, key=lambda one: one != first)

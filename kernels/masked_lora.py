@@ -105,7 +105,7 @@ def _apply(
     _check(x, weight, packed, a, b, bias, transposed)
     x = x.to(_compute_dtype(x, weight))
     left, right = (a.t(), b.t()) if transposed else (b, a)
-    y = _PRODUCT(x.reshape(-1, x.shape[-1]), weight, packed, left, right, bias, transposed)
+    y = PRODUCT(x.reshape(-1, x.shape[-1]), weight, packed, left, right, bias, transposed)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -194,8 +194,8 @@ def _factor_gradients_result(
     return left.new_empty(left.shape), right.new_empty(right.shape)
 
 
-_PRODUCT = Operation("masked_lora_product", _product, _product_result)
-_FACTOR_GRADIENTS = Operation("masked_lora_factor_gradients", _factor_gradients, _factor_gradients_result)
+PRODUCT = Operation("masked_lora_product", _product, _product_result)
+FACTOR_GRADIENTS = Operation("masked_lora_factor_gradients", _factor_gradients, _factor_gradients_result)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -208,16 +208,16 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, packed, left, right = ctx.saved_tensors
     dx = dleft = dright = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = _PRODUCT(dy, weight, packed, left, right, None, not ctx.transposed)
+        dx = PRODUCT(dy, weight, packed, left, right, None, not ctx.transposed)
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
         u, v = (x, dy) if ctx.transposed else (dy, x)
-        dleft, dright = _FACTOR_GRADIENTS(u, v, weight if packed is None else None, packed, left, right)
+        dleft, dright = FACTOR_GRADIENTS(u, v, weight if packed is None else None, packed, left, right)
     if ctx.needs_input_grad[5]:
         dbias = dy.sum(0, dtype=ctx.bias_dtype)
     return dx, None, None, dleft, dright, dbias, None
 
 
-_PRODUCT.register_autograd(_backward, _save)
+PRODUCT.register_autograd(_backward, _save)
 
 
 def effective_weight(weight: Tensor, packed: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

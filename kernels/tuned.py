@@ -1,7 +1,8 @@
 """What was measured on a device, kept in a file: launch configurations, and times of whole operations.
 
 ``<cache folder>/tune/<device>.json`` holds ``{"versions": ..., section: {key: value}}``. What was measured with other
-versions of torch or Triton is not used, and is dropped at the next write. ``trisparse bench tune`` writes it.
+versions of torch, Triton or this package is not used, and is dropped at the next write. ``trisparse bench tune``
+writes it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,19 +67,45 @@ def launch_config(device: torch.device, operation: str, key: str) -> dict[str, A
     return None if found is None else dict(found)
 
 
+_trying: ContextVar[tuple[str, dict[str, Any]] | None] = ContextVar("trisparse_trying", default=None)
+
+
+@contextmanager
+def trying(operation: str, config: dict[str, Any]) -> Iterator[None]:
+    """Launch ``operation`` with ``config`` in this context, under any runner."""
+    token = _trying.set((operation, config))
+    try:
+        yield
+    finally:
+        _trying.reset(token)
+
+
 def tuned(operand: Tensor, operation: str, key: str) -> dict[str, Any] | None:
-    """`launch_config` for a launch on ``operand``; None off CUDA and under another runner, which must be repeatable."""
+    """The configuration to launch ``operation`` on ``operand`` with, instead of the computed one, or None.
+
+    That of `trying`, else on CUDA what was measured. Other runners are not given the latter: they must be repeatable.
+    """
+    forced = _trying.get()
+    if forced is not None and forced[0] == operation:
+        return forced[1]
     if not operand.is_cuda or redirected():
         return None
     return launch_config(operand.device, operation, key)
 
 
+def bucket(tokens: int) -> int:
+    """Token counts that share a configuration: the power of two that is at least ``tokens``."""
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
 def _versions() -> dict[str, str]:
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
-    return {"torch": torch.__version__, "triton": triton}
+    found: dict[str, str] = {"torch": str(torch.__version__)}
+    for package in ("triton", "trisparse"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
 
 
 def _read(device: torch.device) -> dict[str, Any]:

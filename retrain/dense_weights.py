@@ -26,7 +26,8 @@ class DenseWeights:
         model: the pruned model.
 
     Raises:
-        ValueError: ``dense`` is the pruned model itself, of another type, or a folder without safetensors.
+        ValueError: ``dense`` is the pruned model itself, on the meta device, of another type, or a folder without
+            safetensors.
     """
 
     def __init__(self, dense: nn.Module | str | Path, model: nn.Module) -> None:
@@ -37,6 +38,8 @@ class DenseWeights:
             raise ValueError("dense is the pruned model itself: pass a copy from before pruning, or its folder")
         if isinstance(dense, nn.Module):
             self._parameters = dict(dense.named_parameters(remove_duplicate=False))
+            if any(param.is_meta for param in self._parameters.values()):
+                raise ValueError("dense is on the meta device: it has no weights; pass its folder")
         elif isinstance(dense, str | Path):
             self._files = _files_of(Path(dense))
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trisparse.kernels.compressed import CompressedWeight
 from trisparse.kernels.linear24 import unpack24
-from trisparse.kernels.masked_lora import _FACTOR_GRADIENTS, _PRODUCT, mask_lora, scale_lora
+from trisparse.kernels.masked_lora import FACTOR_GRADIENTS, PRODUCT, mask_lora, scale_lora
 from trisparse.kernels.nm import packed_2_4
 from trisparse.kernels.operation import Operation
 from trisparse.sparsity.linear import SparseLinear
@@ -118,7 +118,7 @@ def _forward(
     scales: bool,
 ) -> Tensor:
     weight = _compressed(values, positions, row_offsets, tile_offsets, format, layout, rows, cols, n, m)
-    return _PRODUCT(x, decompress(weight), None if scales else packed_mask(weight), b, a, bias, False)
+    return PRODUCT(x, decompress(weight), None if scales else packed_mask(weight), b, a, bias, False)
 
 
 def _backward(
@@ -147,9 +147,9 @@ def _backward(
     packed = None if scales else packed_mask(weight)
     dense = decompress(weight) if with_dx or scales else None
     if with_dx and dense is not None:
-        dx = _PRODUCT(dy, dense, packed, b, a, None, True)
+        dx = PRODUCT(dy, dense, packed, b, a, None, True)
     if x is not None:
-        db, da = _FACTOR_GRADIENTS(dy, x, dense if scales else None, packed, b, a)
+        db, da = FACTOR_GRADIENTS(dy, x, dense if scales else None, packed, b, a)
     return dx, da, db
 
 

@@ -15,6 +15,7 @@ hidden states of the calibration data (fp32), and the activations of one block f
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from trisparse.retrain.block_training import BlockTraining, TrainedBlock, in_fp32, relative_errors, run_block
 from trisparse.retrain.dense_weights import DenseWeights, holding
 from trisparse.retrain.groups import ParameterGroups, head_of, parameter_groups
+from trisparse.retrain.loop import RetrainError
 from trisparse.retrain.reconstruct_report import BlockReport, ReconstructReport
 from trisparse.retrain.report import PeakMemory
 from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
@@ -215,6 +217,8 @@ class _Reconstruction:
                 targets[index] = self._output(block.module, call, targets[index])
         del dense
         before = self._error(block.module, calls, targets)
+        if not math.isfinite(before):
+            raise RetrainError(f"the error of {block.name} is {before} before it trains: are all weights finite?")
         direct, lora = self._trained(block.module, prefix)
         trainable, leaving = 0, None
         if before > 0 and (direct or lora):

@@ -148,11 +148,11 @@ def test_opcheck(transposed):
     for mask in (packed, None):
         leaves = [t.clone().requires_grad_() for t in (x, left, right, bias)]
         arguments = (leaves[0], weight, mask, *leaves[1:], transposed)
-        torch.library.opcheck(module._PRODUCT.registered, arguments)
+        torch.library.opcheck(module.PRODUCT.registered, arguments)
         u, v = (x, x[:, :1].expand(-1, right.shape[1])) if transposed else (x[:, :1].expand(-1, left.shape[0]), x)
         scaled = weight if mask is None else None
         torch.library.opcheck(
-            module._FACTOR_GRADIENTS.registered, (u.contiguous(), v.contiguous(), scaled, mask, left, right)
+            module.FACTOR_GRADIENTS.registered, (u.contiguous(), v.contiguous(), scaled, mask, left, right)
         )
 
 

@@ -30,9 +30,9 @@ def test_no_kernel_spills(tokens, rank, dtype):
     for mask, scaled in ((packed, None), (None, weight)):
 
         def both(mask=mask, scaled=scaled):
-            module._PRODUCT(x, weight, mask, b, a, None, False)
-            module._PRODUCT(dy, weight, mask, b, a, None, True)
-            module._FACTOR_GRADIENTS(dy, x, scaled, mask, b, a)
+            module.PRODUCT(x, weight, mask, b, a, None, False)
+            module.PRODUCT(dy, weight, mask, b, a, None, True)
+            module.FACTOR_GRADIENTS(dy, x, scaled, mask, b, a)
 
         assert [problem for row in resources(both) for problem in row.problems()] == []
 
@@ -55,9 +55,9 @@ class TestEmulated:
         a, b = torch.randn(rank, inputs, generator=g).bfloat16() / 4, torch.randn(out, rank, generator=g).bfloat16()
         packed = pack_bits(keep) if variant == "mask" else None
         with using(Emulator(options=options)):
-            y = module._PRODUCT(x, weight, packed, b, a, None, False)
-            dx = module._PRODUCT(dy, weight, packed, b, a, None, True)
-            db, da = module._FACTOR_GRADIENTS(dy, x, None if variant == "mask" else weight, packed, b, a)
+            y = module.PRODUCT(x, weight, packed, b, a, None, False)
+            dx = module.PRODUCT(dy, weight, packed, b, a, None, True)
+            db, da = module.FACTOR_GRADIENTS(dy, x, None if variant == "mask" else weight, packed, b, a)
         x, dy, weight, a, b = (tensor.double() for tensor in (x, dy, weight, a, b))
         effective = weight + keep * (b @ a) if variant == "mask" else weight * (b @ a)
         gradient = (dy.t() @ x) * (keep if variant == "mask" else weight)

@@ -63,10 +63,10 @@ def test_kernels(variant, shape, transposed, dtype):
     u, v = (x, dy) if transposed else (dy, x)
     scaled = weight if packed is None else None
     with using(interpret if INTERPRETED else device):
-        y = module._PRODUCT(x, weight, packed, left, right, bias, transposed)
-        dx = module._PRODUCT(dy, weight, packed, left, right, None, not transposed)
-        dleft, dright = module._FACTOR_GRADIENTS(u, v, scaled, packed, left, right)
-        again = module._FACTOR_GRADIENTS(u, v, scaled, packed, left, right)
+        y = module.PRODUCT(x, weight, packed, left, right, bias, transposed)
+        dx = module.PRODUCT(dy, weight, packed, left, right, None, not transposed)
+        dleft, dright = module.FACTOR_GRADIENTS(u, v, scaled, packed, left, right)
+        again = module.FACTOR_GRADIENTS(u, v, scaled, packed, left, right)
     assert torch.equal(dleft, again[0])
     assert torch.equal(dright, again[1])
     for name, mine, other, want in zip(
@@ -89,7 +89,7 @@ def test_chains(monkeypatch, chain):
     left, right = torch.randn(p, 3, generator=g).to(WHERE), torch.randn(3, q, generator=g).to(WHERE)
     packed = pack_bits(torch.rand(p, q, generator=g).to(WHERE) > 0.5)
     with using(interpret if INTERPRETED else device):
-        dleft, dright = module._FACTOR_GRADIENTS(u, v, None, packed, left, right)
+        dleft, dright = module.FACTOR_GRADIENTS(u, v, None, packed, left, right)
     gradient = (u.double().t() @ v.double()) * unpack_bits_ref(packed, q)
     torch.testing.assert_close(dleft.double(), gradient @ right.double().t(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(dright.double(), left.double().t() @ gradient, rtol=1e-5, atol=1e-4)
@@ -103,9 +103,9 @@ def test_fp32_factors_of_a_bf16_product():
     packed = pack_bits(keep)
     x, dy = x.bfloat16(), dy.bfloat16()
     with using(interpret if INTERPRETED else device):
-        dleft, dright = module._FACTOR_GRADIENTS(dy, x, None, packed, b, a)
+        dleft, dright = module.FACTOR_GRADIENTS(dy, x, None, packed, b, a)
         b[3] = float("nan")
-        y = module._PRODUCT(x, weight, packed, b, a, None, False)
+        y = module.PRODUCT(x, weight, packed, b, a, None, False)
     assert y.dtype == torch.bfloat16
     assert dleft.dtype == dright.dtype == torch.float32
     assert (y[:, 3] == 0).all()

@@ -78,7 +78,8 @@ def test_no_dense_weight_outlives_its_product(lora, variant, pattern, monkeypatc
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_little_is_in_memory_beside_the_dense_weight(lora, pattern, scales, monkeypatch):
     monkeypatch.setitem(product_module._CHUNK, "cpu", 1 << 14)
-    monkeypatch.setitem(masked_lora._TILE_ELEMENTS, "cpu", 1 << 14)
+    monkeypatch.setitem(masked_lora._TILE_BYTES, "cpu", 1 << 16)
+    monkeypatch.setattr(masked_lora, "_BLOCK_ELEMENTS", 1 << 12)
     size = 512
     base = lora.sparse(pattern, rows=size, cols=size, dtype=torch.float32)
     x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((4, size), (4, size), (size, 4)))

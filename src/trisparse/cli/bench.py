@@ -80,6 +80,7 @@ def tune(
         list[int] | None, typer.Option(help="Rank of an adapter beside it (repeatable); default 0.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is one.")] = None,
+    launches: Annotated[bool, typer.Option(help="First find the fastest launch configuration of every kernel.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Measure what was measured before, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -87,6 +88,7 @@ def tune(
     import torch
 
     from trisparse.bench.tune import LLAMA_2_7B, PATTERNS, as_table, layers_of, random_layers, tune_layers
+    from trisparse.bench.tune_launches import tune_launches
     from trisparse.sparsity.tuning import TOKENS
 
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -95,14 +97,15 @@ def tune(
     if model is not None:
         if shape or pattern:
             raise ValueError("--model has its own shapes and patterns: leave --shape and --pattern out")
-        layers = layers_of(load_model(model)[0].to(where))
+        layers = list(layers_of(load_model(model)[0].to(where)))
     else:
-        layers = random_layers(
-            [_shape(text) for text in shape or ()] or LLAMA_2_7B, pattern or PATTERNS, getattr(torch, dtype), where
-        )
-    result = tune_layers(layers, tokens=tokens or TOKENS, ranks=rank or (0,), again=again)
-    if not result["layers"]:
+        shapes = [_shape(text) for text in shape or ()] or LLAMA_2_7B
+        layers = list(random_layers(shapes, pattern or PATTERNS, getattr(torch, dtype), where))
+    if not layers:
         raise ValueError(f"{model} has no pruned linear layers: prune it first")
+    how: dict[str, Any] = {"tokens": tokens or TOKENS, "ranks": rank or (0,), "again": again}
+    found = tune_launches(layers, **how) if launches and where.type == "cuda" else []
+    result = {"launches": found, **tune_layers(layers, **how)}
     show(result, as_table(result), as_json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from pathlib import Path
@@ -33,15 +34,14 @@ def read_settings(file: Path, config: type) -> dict[str, Any]:
             close = difflib.get_close_matches(str(key), names, n=1)
             meant = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
             raise ValueError(f"{file}: {key!r} is no setting, {meant}")
-    return {key: _plain(value) for key, value in content.items()}
+    numbers = {field.name for field in dataclasses.fields(config) if "float" in str(field.type)}
+    return {key: _value(value, number=key in numbers) for key, value in content.items()}
 
 
-def _plain(value: Any) -> Any:
+def _value(value: Any, *, number: bool) -> Any:
     if isinstance(value, list):
-        return tuple(_plain(one) for one in value)
-    if isinstance(value, str):
-        try:
+        return tuple(_value(one, number=number) for one in value)
+    if number and isinstance(value, str):
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            return value
     return value

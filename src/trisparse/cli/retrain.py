@@ -32,7 +32,9 @@ def _rate(text: str | None) -> float | str | None:
 def retrain(
     folder: Folder,
     data: Annotated[str | None, typer.Option(help="Text to train on; see 'trisparse eval --help'.")] = None,
-    out: Annotated[Path | None, typer.Option(help="New folder for the result, or an earlier result to replace.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the result, or an earlier result to replace.")
+    ] = None,
     config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would train, memory and steps; stop.")] = False,
     groups: Annotated[str | None, typer.Option(help="What trains, with commas: biases,norms,head,lora.")] = None,

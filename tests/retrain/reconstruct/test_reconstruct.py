@@ -1,4 +1,4 @@
-"""Layer-wise reconstruction on tiny models: the errors fall, the zeros stay, and failures leave whole blocks."""
+"""Layer-wise reconstruction on tiny models: the errors fall, the zeros stay, one block trains at a time."""
 
 from __future__ import annotations
 
@@ -7,57 +7,13 @@ import json
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from trisparse.kernels.bitmask import unpack_bits
-from trisparse.retrain import block_training
 from trisparse.retrain.block_training import relative_errors
-from trisparse.retrain.loop import RetrainError
-from trisparse.retrain.reconstruct import ReconstructConfig, reconstruct
-from trisparse.sparsity.capture import BlocksNotChainedError
-from trisparse.sparsity.compression import compress
-from trisparse.sparsity.mask import MaskError, check_masks, detach, masks, masks_sha256
+from trisparse.retrain.dense_weights import DenseWeights
+from trisparse.sparsity.mask import check_masks, detach, masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
-
-QUICK = {
-    "rank": 4, "alpha": 8, "learning_rate": 1e-2, "steps": 20, "batch_size": 2, "samples": 8, "seq_len": 16,
-    "dtype": "fp32",
-}  # fmt: skip
-_SMALL = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-
-
-def config(**changes):
-    return ReconstructConfig(**{**QUICK, **changes})
-
-
-def pair(kind="llama", pattern="50%"):
-    """A dense model and the same one pruned."""
-    torch.manual_seed(0)
-    if kind == "llama":
-        settings = transformers.LlamaConfig(**_SMALL, intermediate_size=24, max_position_embeddings=32)
-    elif kind == "gpt2":
-        settings = transformers.GPT2Config(
-            vocab_size=48, n_embd=16, n_layer=3, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2
-        )
-    else:
-        settings = transformers.OPTConfig(
-            **_SMALL, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.1
-        )
-    dense = transformers.AutoModelForCausalLM.from_config(settings)
-    for param in dense.parameters():  # weights that matter: at their start, the residual is nearly all of a block
-        param.data.mul_(4) if param.ndim > 1 else None
-    model = copy.deepcopy(dense).train()
-    sparsify(model, pattern, "magnitude", progress=False)
-    return dense, model
-
-
-def run(model, dense, data, **changes):
-    return reconstruct(model, dense, data, config(**changes), progress=False)
-
-
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def test_relative_errors_by_hand():
@@ -68,7 +24,7 @@ def test_relative_errors_by_hand():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("targets", ["dense", "sparse"])
-def test_every_block_comes_nearer_to_the_dense_one(tokens, kind, targets):
+def test_every_block_comes_nearer_to_the_dense_one(pair, run, state, tokens, kind, targets):
     dense, model = pair(kind)
     before, digest, dense_before = state(model), masks_sha256(model), state(dense)
     modes = [module.training for module in model.modules()]
@@ -89,7 +45,7 @@ def test_every_block_comes_nearer_to_the_dense_one(tokens, kind, targets):
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in outside)
 
 
-def test_the_reported_errors_are_those_of_the_whole_models(tokens):
+def test_the_reported_errors_are_those_of_the_whole_models(pair, run, tokens):
     dense, model = pair()
     sparse_before = copy.deepcopy(model)
     report = run(model, dense, tokens, targets="dense")
@@ -107,7 +63,7 @@ def test_the_reported_errors_are_those_of_the_whole_models(tokens):
     assert error(model, 1) < error(sparse_before, 1)
 
 
-def test_targets_of_the_sparse_input_are_the_dense_blocks_outputs_for_it(tokens):
+def test_targets_of_the_sparse_input_are_the_dense_blocks_outputs_for_it(pair, run, tokens):
     dense, model = pair()
     report = run(model, dense, tokens, targets="sparse")
     with torch.no_grad():
@@ -130,7 +86,7 @@ def test_targets_of_the_sparse_input_are_the_dense_blocks_outputs_for_it(tokens)
         (("full",), lambda name: True),
     ],
 )
-def test_only_the_groups_asked_for_change(tokens, groups, changes):
+def test_only_the_groups_asked_for_change(pair, run, state, tokens, groups, changes):
     dense, model = pair("opt")
     before, digest = state(model), masks_sha256(model)
     report = run(model, dense, tokens, groups=groups)
@@ -145,7 +101,7 @@ def test_only_the_groups_asked_for_change(tokens, groups, changes):
     assert all(not torch.signbit(model.get_parameter(n)[~m.dense()]).any() for n, m in masks(model).items())
 
 
-def test_trainable_is_counted(tokens):
+def test_trainable_is_counted(pair, run, tokens):
     dense, model = pair()
     report = run(model, dense, tokens, steps=1, groups=("norms", "lora"))
     lora = 4 * (4 * (16 + 16) + 3 * (16 + 24))  # rank · (in + out): four projections of 16x16, three of 24x16
@@ -153,7 +109,7 @@ def test_trainable_is_counted(tokens):
     assert report.trainable == 3 * (2 * 16 + lora)
 
 
-def test_dense_from_a_folder_gives_the_same_as_the_model(tokens, tmp_path):
+def test_dense_from_a_folder_gives_the_same_as_the_model(pair, run, tokens, tmp_path):
     dense, model = pair()
     again = copy.deepcopy(model)
     dense.save_pretrained(tmp_path, max_shard_size="10KB")
@@ -163,14 +119,14 @@ def test_dense_from_a_folder_gives_the_same_as_the_model(tokens, tmp_path):
     assert [b.error_after for b in from_model.blocks] == [b.error_after for b in from_folder.blocks]
 
 
-def test_dense_from_the_folder_of_a_bare_model(tokens, tmp_path):
+def test_dense_from_the_folder_of_a_bare_model(pair, run, tokens, tmp_path):
     dense, model = pair("gpt2")
     dense.transformer.save_pretrained(tmp_path)
     report = run(model, str(tmp_path), tokens)
     assert all(block.error_after < block.error_before for block in report.blocks)
 
 
-def test_dense_embeddings_that_differ_are_the_dense_models(tokens):
+def test_dense_embeddings_that_differ_are_the_dense_models(pair, run, tokens):
     dense, model = pair()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.1)
@@ -183,7 +139,7 @@ def test_dense_embeddings_that_differ_are_the_dense_models(tokens):
     assert torch.equal(model.get_input_embeddings().weight, own)
 
 
-def test_same_seed_same_weights_and_the_global_random_state_is_not_used(tokens):
+def test_same_seed_same_weights_and_the_global_random_state_is_not_used(pair, run, state, tokens):
     weights = []
     for global_seed in (1, 2):
         dense, model = pair()
@@ -197,7 +153,7 @@ def test_same_seed_same_weights_and_the_global_random_state_is_not_used(tokens):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [("norms", "lora"), ("full",)])
-def test_half_precision_models_stay_in_it(tokens, dtype, groups):
+def test_half_precision_models_stay_in_it(pair, run, tokens, dtype, groups):
     dense, model = pair()
     dense, model = dense.to(dtype), model.to(dtype)
     report = run(model, dense, tokens, dtype="auto", groups=groups)
@@ -206,17 +162,7 @@ def test_half_precision_models_stay_in_it(tokens, dtype, groups):
     check_masks(model)
 
 
-def test_a_block_that_gets_worse_is_left_as_it_was(tokens):
-    dense, model = pair()
-    before = state(model)
-    report = run(model, dense, tokens, learning_rate=50.0, steps=2, groups=("norms",))
-    assert not any(block.kept for block in report.blocks)
-    assert all(block.error_after == block.error_before for block in report.blocks)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert "left as it was" in str(report)
-
-
-def test_an_unpruned_block_is_passed_through(tokens):
+def test_an_unpruned_block_is_passed_through(pair, run, state, tokens):
     dense, model = pair()
     model.load_state_dict(dense.state_dict())
     for module in model.modules():
@@ -230,7 +176,7 @@ def test_an_unpruned_block_is_passed_through(tokens):
     assert all(name.startswith("model.layers.1.") for name in changed)
 
 
-def test_report_serialises(tokens):
+def test_report_serialises(pair, run, tokens):
     dense, model = pair()
     report = run(model, dense, tokens, steps=2)
     read = json.loads(report.to_json())
@@ -241,132 +187,7 @@ def test_report_serialises(tokens):
     assert report.peak_memory_bytes > 0
 
 
-@pytest.mark.parametrize("failure", [RetrainError, KeyboardInterrupt])
-def test_a_failure_leaves_whole_blocks(tokens, monkeypatch, failure):
-    dense, model = pair()
-    whole = copy.deepcopy(model)
-    run(whole, dense, tokens)
-    before = state(model)
-    real, calls = block_training.relative_errors, 0
-
-    def fail(output, target):
-        nonlocal calls
-        calls += 1
-        if calls == 30:  # 20 steps a block: in the second one's
-            if failure is RetrainError:
-                return real(output, target) * torch.nan
-            raise failure
-        return real(output, target)
-
-    monkeypatch.setattr(block_training, "relative_errors", fail)
-    with pytest.raises(failure) as caught:
-        run(model, dense, tokens)
-    assert "reconstruct stopped; the model is reconstructed up to model.layers.0" in caught.value.__notes__[0]
-    for name, value in model.state_dict().items():
-        expected = whole.state_dict()[name] if name.startswith("model.layers.0.") else before[name]
-        assert torch.equal(value, expected), name
-    assert all(param.requires_grad and param.grad is None for param in model.parameters())
-    assert all("forward" not in vars(module) for module in model.modules())
-
-
-def test_another_architecture_is_refused(tokens, tmp_path):
-    _, model = pair()
-    before = state(model)
-    settings = transformers.LlamaConfig(**{**_SMALL, "num_hidden_layers": 2}, intermediate_size=20)
-    other = transformers.AutoModelForCausalLM.from_config(settings)
-    message = (
-        r"dense is not of the model's architecture: model.layers.0.mlp.gate_proj.weight is \(24, 16\) .*\(20, 16\)"
-    )
-    with pytest.raises(ValueError, match=message):
-        run(model, other, tokens)
-    other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        run(model, tmp_path, tokens)
-    fewer = transformers.AutoModelForCausalLM.from_config(
-        transformers.LlamaConfig(**{**_SMALL, "num_hidden_layers": 2}, intermediate_size=24)
-    )
-    with pytest.raises(ValueError, match=r"model.layers.2.self_attn.q_proj.weight is \(16, 16\) .* missing in dense"):
-        run(model, fewer, tokens)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_wrong_models_and_data_are_named(tokens, tmp_path):
-    dense, model = pair()
-    with pytest.raises(ValueError, match="dense is the pruned model itself"):
-        run(model, model, tokens)
-    with pytest.raises(ValueError, match="dense must be a model or a checkpoint folder, got int"):
-        run(model, 3, tokens)
-    with pytest.raises(ValueError, match=r"has neither model.safetensors nor"):
-        run(model, tmp_path, tokens)
-    (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="cannot be read"):
-        run(model, tmp_path, tokens)
-    with pytest.raises(ValueError, match=r"data is shorter than one batch: 1 windows of seq_len=16 .* batch_size=2"):
-        run(model, dense, tokens[:1])
-    padded = {"input_ids": tokens, "attention_mask": (torch.arange(16) > 3).expand(8, 16).long()}
-    with pytest.raises(ValueError, match="data is padded"):
-        run(model, dense, [padded])
-    with pytest.raises(ValueError, match="model has no masks: prune it first"):
-        run(dense, copy.deepcopy(dense), tokens)
-    with pytest.raises(ValueError, match=r"nothing to train in groups=\('biases',\)"):
-        run(model, dense, tokens, groups=("biases",))
-    compressed = copy.deepcopy(model)
-    compress(compressed)
-    with pytest.raises(ValueError, match="holds compressed layers"):
-        run(compressed, dense, tokens)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.fill_(1)
-    with pytest.raises(MaskError):
-        run(model, dense, tokens)
-
-
-def test_blocks_that_are_not_chained_are_refused(tokens):
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(48, 8)
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
-
-        def forward(self, input_ids):
-            x = self.embed(input_ids)
-            return self.blocks[0](x) + self.blocks[1](x)
-
-    dense = Branches()
-    model = copy.deepcopy(dense)
-    sparsify(model, "50%", "magnitude", progress=False)
-    with pytest.raises(BlocksNotChainedError, match=r"at blocks.1\), so they cannot be reconstructed"):
-        run(model, dense, [tokens[:2], tokens[2:4]], groups=("full",))
-
-
-def test_shared_blocks_are_refused(tokens):
-    dense, model = pair()
-    model.model.layers[1].mlp = model.model.layers[0].mlp
-    with pytest.raises(ValueError, match=r"is shared with model.layers.0.mlp"):
-        run(model, dense, tokens)
-
-
-@pytest.mark.parametrize(
-    ("field", "message"),
-    [
-        ({"groups": ("head",)}, "groups must be one or more of biases, norms, lora, full"),
-        ({"groups": ()}, "groups must be one or more"),
-        ({"groups": "lora"}, "groups must be one or more"),
-        ({"groups": ("full", "norms")}, "groups 'full' trains everything"),
-        ({"targets": "both"}, "targets must be one of dense, sparse, got 'both'"),
-        ({"dtype": "fp16"}, "dtype must be one of auto, fp32, bf16"),
-        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
-        ({"steps": 2.0}, "steps must be an integer"),
-        ({"samples": 1}, "samples must be at least batch_size=2, got 1"),
-        ({"alpha": 0}, "alpha must be a number above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, got nan"),
-    ],
-)
-def test_wrong_fields_are_named(field, message):
-    with pytest.raises(ValueError, match=message):
-        config(**field)
-
-
-def test_the_update_of_a_lora_is_of_its_rank_under_the_mask(tokens):
+def test_the_update_of_a_lora_is_of_its_rank_under_the_mask(pair, run, state, tokens):
     dense, model = pair(pattern="2:4")
     before = state(model)
     run(model, dense, tokens, groups=("lora",), rank=1, alpha=1)
@@ -381,7 +202,7 @@ def test_the_update_of_a_lora_is_of_its_rank_under_the_mask(tokens):
             assert abs(float(torch.linalg.det(minor.double()))) < 1e-5 * float(minor.square().sum()) + 1e-9
 
 
-def test_the_first_step_of_a_lora_by_hand(tokens):
+def test_the_first_step_of_a_lora_by_hand(pair, run, tokens):
     """AdamW's first step moves every number of B by the rate, half the peak here, so W moves by ± s·rate/2·A."""
     dense, model = pair()
     before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
@@ -396,3 +217,27 @@ def test_the_first_step_of_a_lora_by_hand(tokens):
     for row, kept in zip(update, keep, strict=True):
         error = (candidates[:, kept] - row[kept]).abs().amax(1)
         assert float(error.min()) < 2e-6
+
+
+def test_one_block_at_a_time_is_read_and_trains(pair, run, tokens, tmp_path, monkeypatch):
+    dense, model = pair()
+    dense.save_pretrained(tmp_path)
+    reads, gradients = [], []
+    real_read, real_step = DenseWeights.read, torch.optim.AdamW.step
+
+    def read(self, names, device):
+        names = list(names)
+        reads.append({name.split(".")[2] for name in names if ".layers." in name})
+        return real_read(self, names, device)
+
+    def step(self, *args, **options):
+        with_gradient = {name for name, param in model.named_parameters() if param.grad is not None}
+        gradients.append({name.split(".")[2] for name in with_gradient if ".layers." in name})
+        assert all(".layers." in name for name in with_gradient)
+        return real_step(self, *args, **options)
+
+    monkeypatch.setattr(DenseWeights, "read", read)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(model, tmp_path, tokens, groups=("full",), steps=2)
+    assert [blocks for blocks in reads if blocks] == [{"0"}, {"1"}, {"2"}]
+    assert gradients == [{"0"}, {"0"}, {"1"}, {"1"}, {"2"}, {"2"}]
