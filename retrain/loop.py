@@ -181,7 +181,8 @@ class _Trainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        save_trained(self.adapted, self.trained, Path(str(output_dir or self.args.output_dir)))
+        if self.args.should_save:  # the Trainer comes here on every process
+            save_trained(self.adapted, self.trained, Path(str(output_dir or self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.adapted, self.trained, Path(resume_from_checkpoint))

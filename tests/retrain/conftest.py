@@ -85,6 +85,12 @@ def build() -> Callable[[str], transformers.PreTrainedModel]:
     return _build
 
 
+@pytest.fixture(scope="session")
+def build_model() -> Callable[[str], transformers.PreTrainedModel]:
+    """``build``, for fixtures that outlive a test."""
+    return _build
+
+
 QUICK = PERPConfig(
     rank=4, alpha=8, learning_rate=1e-2, steps=3, batch_size=2, gradient_accumulation=1, seq_len=16, dtype="fp32"
 )
