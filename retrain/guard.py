@@ -11,9 +11,12 @@ from trisparse.sparsity.mask import MaskError, check_masks
 
 
 class MaskGuard(TrainerCallback):
-    """Checks the masks after every ``every`` steps, and after the last."""
+    """Checks the masks after every ``every`` steps (None: never), and after the last.
 
-    def __init__(self, model: nn.Module, every: int) -> None:
+    The merge of the adapters zeroes what is pruned: without the check a mask that broke on the way would not show.
+    """
+
+    def __init__(self, model: nn.Module, every: int | None) -> None:
         self.model, self.every = model, every
         self.checked: list[int] = []
 
@@ -24,10 +27,11 @@ class MaskGuard(TrainerCallback):
             MaskError: a pruned weight is not zero; names the step and the parameters.
         """
         step = state.global_step
-        if step % self.every and step != state.max_steps:
+        if step != state.max_steps and (self.every is None or step % self.every):
             return
         try:
             check_masks(self.model)
         except MaskError as error:
-            raise MaskError(f"after step {step} of {state.max_steps} {error}") from None
+            text = str(error).replace(".base_layer.", ".")  # PEFT's name for what stands under an adapter
+            raise MaskError(f"after step {step} of {state.max_steps} {text}") from None
         self.checked.append(step)

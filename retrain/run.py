@@ -59,7 +59,6 @@ class Run:
         try:
             adapted.switch_cache_off()
             losses = self._loss(adapted)
-            guard = () if config.guard_every is None else (MaskGuard(self.model, config.guard_every),)
             with watch, temporary as folder, PeakMemory(next(self.model.parameters()).device) as memory:
                 trainer = trainer_for(
                     adapted.peft,
@@ -71,7 +70,7 @@ class Run:
                     folder=folder or str(config.output_dir),
                     dtype=self.dtype,
                     teacher=self.teacher,
-                    callbacks=(*guard, *callbacks),
+                    callbacks=(*callbacks, MaskGuard(self.model, config.guard_every)),
                 )
                 trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
             if broken := adapted.first_not_finite():
