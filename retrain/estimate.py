@@ -34,7 +34,8 @@ class MemoryEstimate:
       c2·s²) for windows of s tokens, by three forwards of 8, 16 and 32 tokens. c0 is the casts of the weights under
       autocast, c2 is attention that keeps its scores. The backward adds two fp32 tensors of [batch, s, vocabulary], the
       gradients of the loss and of its softmax; with a teacher another three. With gradient checkpointing each block
-      keeps its input alone, and one block is whole again: its share of what is kept without checkpointing.
+      keeps its input alone, and after the head's backward, which frees a tensor of that size, one block is whole again:
+      its share of what is kept without checkpointing. The larger of the two moments counts.
 
     Attributes:
         weights, gradients, optimizer, activations: bytes.
@@ -157,18 +158,20 @@ def _memory(
     trained = sum(param.numel() * param.element_size() for param in model.parameters() if param.requires_grad)
     logits = 4 * batch.size * config.seq_len * model.get_input_embeddings().weight.shape[0]
     kept = _kept_bytes(model, batch.size, config.seq_len, dtype)
+    of_loss = (2 if teacher is None else 5) * logits
+    activations = kept + of_loss
     if config.gradient_checkpointing:
         blocks = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
         was_on = bool(getattr(model, "is_activation_checkpointing", False))
         if not was_on:
             model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
         inputs = _kept_bytes(model, batch.size, config.seq_len, dtype)
-        kept = inputs + (kept - inputs) / max(blocks, 1)
+        activations = inputs + max(of_loss, (kept - inputs) / max(blocks, 1) - logits)
     return MemoryEstimate(
         weights=_stored_bytes(model) + (0 if teacher is None else _stored_bytes(teacher)),
         gradients=trained * (1 if process_count() == 1 else 2),
         optimizer=2 * trained,
-        activations=round(kept + (2 if teacher is None else 5) * logits),
+        activations=round(activations),
     )
 
 
