@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from trisparse.retrain.distillation import divergence, teacher_logits
 from trisparse.retrain.loop_options import save_every
 from trisparse.retrain.processes import is_main_process, process_count
-from trisparse.retrain.run_folder import checkpoints, load_trained, save_trained
+from trisparse.retrain.run_folder import checkpoints, load_trained, save_trained, unmark
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
 
@@ -177,6 +177,8 @@ class _Trainer(Trainer):
                     f"{name} is not finite after step {self.state.global_step}: no checkpoint was written, and the "
                     "model is as it was before"
                 )
+        if self.args.should_save:
+            unmark(Path(str(self.args.output_dir)), self.state.global_step)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

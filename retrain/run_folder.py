@@ -59,6 +59,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / RUN_FILE).is_file()]
 
 
+def unmark(folder: Path, step: int) -> None:
+    """What an earlier run left at ``step`` counts no longer: another is about to be written over it."""
+    (folder / f"checkpoint-{step}" / RUN_FILE).unlink(missing_ok=True)
+
+
 def last_checkpoint(folder: Path, identity: Any) -> tuple[Path, dict[str, Any]]:
     """The last complete checkpoint of the run ``identity``, and what that run had chosen.
 

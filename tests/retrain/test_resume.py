@@ -80,6 +80,18 @@ def test_a_checkpoint_cut_off_while_it_was_written_does_not_count(build, tokens,
     assert same(resumed, unbroken)
 
 
+def test_a_checkpoint_written_halfway_over_another_does_not_count(build, tokens, tmp_path, run, monkeypatch):
+    run(build("llama"), tokens, output_dir=tmp_path, **STEPS)
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(loop, "save_trained", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(build("llama"), tokens, output_dir=tmp_path, seed=1, **STEPS)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (4, 6, 8)]
+
+
 def test_a_finished_run_resumes_to_itself(build, tokens, tmp_path, run):
     first, again = build("llama"), build("llama")
     whole = run(first, tokens, output_dir=tmp_path, **STEPS)
