@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trisparse.kernels.tuned import tune_file
 from trisparse.sparsity.backends import candidates
@@ -28,7 +29,7 @@ def layers_of(model: nn.Module) -> Iterator[SparseLinear]:
     seen = set()
     for name in masks(model):
         layer = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, SparseLinear) or type(layer) is nn.Linear:
+        if isinstance(layer, SparseLinear) or type(layer) in (nn.Linear, Conv1D):
             sparse = layer if isinstance(layer, SparseLinear) else SparseLinear.from_dense(layer)
             if key(sparse) not in seen:
                 seen.add(key(sparse))

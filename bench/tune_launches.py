@@ -75,7 +75,7 @@ def _cases(
         name = linear_config.key(weight.shape, dtype, tokens, **case)
         configs = linear_config.alternatives(weight.shape, dtype, cc, tokens, **case)
         yield "linear", name, run, [asdict(config) for config in configs]
-    if layer.format == "2:4" and dtype in linear24.DTYPES and out % 16 == 0 and inputs % 64 == 0:
+    if layer.format == "2:4" and dtype in linear24.DTYPES and out % 16 == 0 and inputs % 64 == 0 and cc >= 80:
         packed = linear24.pack24(weight.values, weight.meta)
         name = linear24.key(out, inputs, dtype, tokens, rank)
         tiles = linear24.alternatives(out, inputs, tokens, rank, cc)
@@ -91,19 +91,19 @@ def _fastest(
     repeats: int,
     timer: Timer,
 ) -> dict[str, Any]:
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     def with_config(config: dict[str, Any]) -> Any:
         with trying(operation, config):
             return run()
 
     runs: dict[str, Callable[[], Any]] = {}
-    expected = with_config(configs[0])
+    expected = with_config(configs[0])  # the computed one must run
     scale = float(expected.abs().max())
     for place, config in enumerate(configs):
         try:
             difference = float((with_config(config).float() - expected.float()).abs().max())
-        except OutOfResources:
+        except TritonError:  # no room for it on this device, or a compiler that refuses it
             continue
         # Another order of the same fp32 sums, each rounded once.
         if not difference <= 2 * torch.finfo(expected.dtype).eps * scale:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trisparse.kernels.bitmask import apply_bits, compress_bits, count_bits, decompress_bits, unpack_bits
+from trisparse.kernels.bitmask import apply_bits, compress_bits, count_bits, decompress_trusted, unpack_bits
 from trisparse.kernels.nm import check_nm, meta_2_4
 from trisparse.kernels.score import check_weight
 
@@ -126,7 +126,7 @@ class CompressedWeight:
         offsets = self.row_offsets
         if offsets is None:
             offsets = torch.arange(rows + 1, device=self.values.device) * (cols * self.n // self.m)
-        return decompress_bits(self.values.reshape(-1), self.meta, offsets, cols)
+        return decompress_trusted(self.values.reshape(-1), self.meta, offsets, cols)
 
 
 def compress(weight: Tensor, packed: Tensor, format: str, n: int = 0, m: int = 0) -> CompressedWeight:

@@ -16,7 +16,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +39,10 @@ class Runner(Protocol):
 
 
 def device(kernel: Any, grid: Grid, args: tuple[Any, ...], options: dict[str, int], constexprs: dict[str, Any]) -> None:
-    """The default runner: Triton's own launch on the device of the tensors."""
-    kernel[grid](*args, **options, **constexprs)
+    """The default runner: Triton's own launch on the device of the tensors, which need not be the current one."""
+    first = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    with torch.cuda.device_of(first) if first is not None and first.is_cuda else nullcontext():
+        kernel[grid](*args, **options, **constexprs)
 
 
 def interpret(

@@ -140,13 +140,14 @@ def _run(
     if by_kernel(x):
         _by_kernel(x, weight, bias, lora, y, low, backward=False)
         return y, low
-    if lora is not None:
-        torch.mm(x, lora[0].T, out=low)
-    for start, stop, dense in _chunks(weight):
-        part = y[:, start:stop]
-        part.copy_(F.linear(x, dense, None if bias is None else bias[start:stop]))
+    with torch.autocast(x.device.type, enabled=False):
         if lora is not None:
-            part.add_(F.linear(low, lora[1][start:stop]), alpha=scale)
+            torch.mm(x, lora[0].T, out=low)
+        for start, stop, dense in _chunks(weight):
+            part = y[:, start:stop]
+            part.copy_(F.linear(x, dense, None if bias is None else bias[start:stop]))
+            if lora is not None:
+                part.add_(F.linear(low, lora[1][start:stop]), alpha=scale)
     return y, low
 
 
@@ -174,11 +175,12 @@ def _run_backward(
     # Chunks of rows add up, so that half precision would round at each; its sum takes 4 bytes a number of dx besides.
     wide = torch.promote_types(dy.dtype, torch.float32)
     total = dx.zero_() if dx.dtype == wide else torch.zeros_like(dx, dtype=wide)
-    for start, stop, dense in _chunks(weight):
-        total.addmm_(dy[:, start:stop].to(wide), dense.to(wide))
-    if lora is not None:
-        torch.mm(dy, lora[1], out=low)
-        total.addmm_(low.to(wide), lora[0].to(wide), alpha=scale)
+    with torch.autocast(dy.device.type, enabled=False):
+        for start, stop, dense in _chunks(weight):
+            total.addmm_(dy[:, start:stop].to(wide), dense.to(wide))
+        if lora is not None:
+            torch.mm(dy, lora[1], out=low)
+            total.addmm_(low.to(wide), lora[0].to(wide), alpha=scale)
     return dx if total is dx else dx.copy_(total), low
 
 

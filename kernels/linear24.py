@@ -184,14 +184,15 @@ def _run(
     if by_kernel(x):
         return _by_kernel(x, values, meta, bias, a, b, scale)
     y = _fake(x, values, meta, bias, a, b, scale)
-    low_rank = None if a is None or b is None else F.linear(x, a)
-    step = max(CHUNK // (512 * values.shape[1]), 1)
-    for tile in range(0, values.shape[0], step):
-        weight = dense24(values[tile : tile + step], meta[tile : tile + step])
-        part = slice(16 * tile, 16 * tile + weight.shape[0])
-        y[..., part] = F.linear(x, weight, None if bias is None else bias[part])
-        if low_rank is not None and b is not None:
-            y[..., part] += scale * F.linear(low_rank, b[part])
+    with torch.autocast(x.device.type, enabled=False):
+        low_rank = None if a is None or b is None else F.linear(x, a)
+        step = max(CHUNK // (512 * values.shape[1]), 1)
+        for tile in range(0, values.shape[0], step):
+            weight = dense24(values[tile : tile + step], meta[tile : tile + step])
+            part = slice(16 * tile, 16 * tile + weight.shape[0])
+            y[..., part] = F.linear(x, weight, None if bias is None else bias[part])
+            if low_rank is not None and b is not None:
+                y[..., part] += scale * F.linear(low_rank, b[part])
     return y
 
 

@@ -62,6 +62,7 @@ def product_kernel(
     M: tl.constexpr,
     WORDS: tl.constexpr,
     BACKWARD: tl.constexpr,
+    TAIL: tl.constexpr,  # whether the rows are no multiple of INNER, for BACKWARD
     LORA: tl.constexpr,
     TOKENS: tl.constexpr,  # the tile is TOKENS x OUTER, INNER at a time
     OUTER: tl.constexpr,
@@ -124,13 +125,15 @@ def product_kernel(
             i = start + tl.arange(0, INNER)
             x_mask = (t < tokens)[:, None] & (i < inner)[None, :]
             x = tl.load(x_ptr + t[:, None] * stride_x + i[None, :], mask=x_mask, other=0.0)
-            # Rows beyond the last are read as the last: what they add is dy's 0 times, or never stored.
+            # Rows beyond the last are read as the last: what they give is never stored, or zero.
             if BACKWARD:
                 row = tl.minimum(i, rows - 1).to(tl.int64)
                 w = dense_tile(
                     values_ptr, meta_ptr, row_offset_ptr, tile_offset_ptr, row, tile_o * OUTER, cols,
                     FORMAT, N, M, WORDS, INNER, OUTER,
                 )  # fmt: skip
+                if TAIL:  # dy is 0 there, but the last row may hold an Inf
+                    w = tl.where((i < inner)[:, None], w, tl.zeros_like(w))
             else:
                 row = tl.minimum(o, rows - 1).to(tl.int64)
                 w = dense_tile(
@@ -263,6 +266,7 @@ def product_triton(
         M=weight.m,
         WORDS=cols % 32 == 0 and weight.meta.storage_offset() % 4 == 0,
         BACKWARD=backward,
+        TAIL=backward and rows % config.inner != 0,
         LORA=lora is not None,
         TOKENS=config.tokens,
         OUTER=config.outer,

@@ -273,8 +273,9 @@ def _select_other(weight: Tensor, n: int, m: int, x: Tensor | None, absolute: bo
 
 def meta_2_4(mask: Tensor) -> Tensor:
     """The int16 metadata [rows, cols / 16] of a 2:4 mask [rows, cols]; its bits are in the module's docstring."""
-    packed = pack_bits(mask.contiguous())
-    return _lookup(packed, _META_OF_BYTE).view(torch.int16)
+    rows, cols = mask.shape
+    bytes_of_words = _lookup(pack_bits(mask.contiguous()), _META_OF_BYTE).reshape(rows, cols // 16, 2)
+    return bytes_of_words.view(torch.int16).reshape(rows, cols // 16)
 
 
 def mask_2_4(meta: Tensor) -> Tensor:

@@ -78,13 +78,13 @@ class CyclesConfig:
         for name, allowed in (("schedule", SCHEDULES), ("propagate", PROPAGATE)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, kind, wanted in (
+        for name, kind, described in (
             ("retraining", PERPConfig, "a PERPConfig"),
             ("freezing", GradualFreezing | None, "a GradualFreezing or None"),
             ("allow_collapse", bool, "True or False"),
         ):
             if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be {described}, got {getattr(self, name)!r}")
         if self.retraining.learning_rate == "grid":
             raise ValueError("retraining.learning_rate must be a number, got 'grid', which is for one retraining")
         if self.retraining.resume:

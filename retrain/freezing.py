@@ -86,8 +86,10 @@ class FreezingCallback(TrainerCallback):
         """Sort what trains by layer; the optimizer holds all of it already.
 
         Raises:
-            ValueError: no pruned layer trains, or nothing at all does in some stage.
+            ValueError: no pruned layer trains, nothing at all does in some stage, or several processes share the run.
         """
+        if args.world_size > 1:  # DistributedDataParallel waits for the gradient of whatever it was made with
+            raise ValueError(f"freezing changes what trains from step to step: run one process, not {args.world_size}")
         trained = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         self._of_layer = [[param for name, param in trained if name.startswith(f"{layer}.")] for layer in self.layers]
         inside = {id(param) for params in self._of_layer for param in params}

@@ -170,8 +170,9 @@ _FORWARD = Operation(
     lambda x, values, positions, row_offsets, tile_offsets, format, layout, rows, cols, n, m, bias, a, b, scales: (
         x.new_empty(x.shape[0], rows)
     ),
+    reads_back=True,  # row offsets, where the weight is decompressed by chunks
 )
-_BACKWARD = Operation("sparse_linear_masked_product_backward", _backward, _backward_result)
+_BACKWARD = Operation("sparse_linear_masked_product_backward", _backward, _backward_result, reads_back=True)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -56,7 +56,8 @@ class ReconstructConfig:
         targets: "dense" or "sparse", see the module.
         rank: rank of every LoRA.
         alpha: the LoRAs' scaling is s = alpha / rank.
-        learning_rate: AdamW's peak, after a tenth of the steps; it falls linearly to 0.
+        learning_rate: AdamW's peak, after a tenth of the steps; it falls linearly to 0. "full" wants about a tenth of
+            what LoRAs do.
         steps: optimizer steps for each block.
         batch_size: windows per step.
         samples: windows of calibration data.
@@ -73,7 +74,7 @@ class ReconstructConfig:
     targets: BlockTargets = "dense"
     rank: int = 16
     alpha: float = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
     steps: int = 100
     batch_size: int = 2
     samples: int = 128

@@ -21,6 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+)
 
 from trisparse.kernels.linear import MAX_RANK, linear
 from trisparse.kernels.linear24 import linear24
@@ -61,7 +66,7 @@ class Backend:
         refuses: layer -> why it cannot run it, or None.
         layout: that of the values that it needs; None takes both.
         copy: what it needs besides the compressed weight, ``"dense"`` or ``"semi-structured"``.
-        backward: whether gradients reach x and the adapter.
+        backward: whether gradients reach x and the adapter, without keeping a dense weight until then.
     """
 
     run: Callable[[SparseLinear, Tensor, Lora | None], Tensor]
@@ -100,7 +105,11 @@ def _semi_structured(layer: SparseLinear, x: Tensor, lora: Lora | None) -> Tenso
     if torch.is_autocast_enabled(x.device.type):  # its weight has one dtype
         return _compressed(layer, x, lora)
     assert layer.semi_structured is not None
-    return _adapt(F.linear(x, layer.semi_structured, layer.bias), x, lora)
+    rows = x.reshape(-1, x.shape[-1])  # torch's product takes a view of x
+    if not len(rows):
+        return _compressed(layer, x, lora)
+    y = F.linear(rows, layer.semi_structured, layer.bias).reshape(*x.shape[:-1], layer.out_features)
+    return _adapt(y, x, lora)
 
 
 def _decompress(layer: SparseLinear, x: Tensor, lora: Lora | None) -> Tensor:
@@ -123,46 +132,51 @@ def _no_gpu(layer: SparseLinear) -> str | None:
     return None if layer.values.is_cuda else "it runs on a CUDA device"
 
 
-def _refuse_mma_sp(layer: SparseLinear) -> str | None:
+def _refuse_compressed(layer: SparseLinear) -> str | None:
+    wide = layer.values.is_cuda and layer.values.dtype == torch.float64
+    return "its kernel takes bf16, fp16 and fp32, not torch.float64" if wide else None
+
+
+def _refuse_sparse_tensor_cores(layer: SparseLinear) -> str | None:
     if layer.format != "2:4":
         return "sparse tensor cores take 2:4"
     if layer.values.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bf16 and fp16, not {layer.values.dtype}"
-    if layer.out_features % 16 or layer.in_features % 64:
-        return "it takes outputs in multiples of 16 and inputs in multiples of 64"
     if (no_gpu := _no_gpu(layer)) is not None:
         return no_gpu
     capability = torch.cuda.get_device_capability(layer.values.device)
     return None if capability >= (8, 0) else f"it needs compute capability 8.0, this GPU has {capability}"
 
 
-def _refuse_semi_structured(layer: SparseLinear) -> str | None:
-    if layer.format != "2:4":
-        return "torch's semi-structured tensors are 2:4"
-    if (no_gpu := _no_gpu(layer)) is not None:
-        return no_gpu
-    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+def _refuse_mma_sp(layer: SparseLinear) -> str | None:
+    if layer.format == "2:4" and (layer.out_features % 16 or layer.in_features % 64):
+        return "it takes outputs in multiples of 16 and inputs in multiples of 64"
+    return _refuse_sparse_tensor_cores(layer)
 
-    least = {
-        cls: cls._DTYPE_SHAPE_CONSTRAINTS.get(layer.values.dtype)
-        for cls in (SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS)
-    }
-    shapes = [s for s in least.values() if s is not None]
-    if not shapes:
+
+def _refuse_semi_structured(layer: SparseLinear) -> str | None:
+    if (reason := _refuse_sparse_tensor_cores(layer)) is not None:
+        return reason
+    cutlass = SparseSemiStructuredTensor._FORCE_CUTLASS
+    if not cutlass and not torch.backends.cusparselt.is_available():
+        return "this build of torch has no cuSPARSELt"
+    kind = SparseSemiStructuredTensorCUTLASS if cutlass else SparseSemiStructuredTensorCUSPARSELT
+    least = kind._DTYPE_SHAPE_CONSTRAINTS.get(layer.values.dtype)
+    if least is None:
         return f"it does not take {layer.values.dtype}"
-    rows, cols = max(s.sparse_min_rows for s in shapes), max(s.sparse_min_cols for s in shapes)
-    if layer.out_features % rows or layer.in_features % cols:
-        return f"it takes outputs in multiples of {rows} and inputs in multiples of {cols}"
+    if layer.out_features % least.sparse_min_rows or layer.in_features % least.sparse_min_cols:
+        multiples = f"{least.sparse_min_rows} and inputs in multiples of {least.sparse_min_cols}"
+        return f"it takes outputs in multiples of {multiples}"
     return None
 
 
 BACKENDS: dict[str, Backend] = {
-    "compressed": Backend(_compressed, lambda layer: None),
+    "compressed": Backend(_compressed, _refuse_compressed),
     "mma.sp": Backend(_mma_sp, _refuse_mma_sp, layout="fragments"),
     "semi-structured": Backend(
         _semi_structured, _refuse_semi_structured, layout="rows", copy="semi-structured", backward=False
     ),
-    "decompress": Backend(_decompress, _no_gpu),
+    "decompress": Backend(_decompress, _no_gpu, backward=False),
     "dense": Backend(_dense, lambda layer: None, copy="dense"),
 }
 
@@ -178,7 +192,9 @@ def default_plan(layer: SparseLinear, prefer: Prefer = "speed") -> Plan:
         return Plan("rows", ((None, "compressed"),))
     if BACKENDS["mma.sp"].refuses(layer) is None:
         return Plan("fragments", ((None, "mma.sp"),))
-    return Plan("rows", ((STREAMING_TOKENS, "compressed"), (None, "dense" if prefer == "speed" else "decompress")))
+    many = (None, "dense" if prefer == "speed" else "decompress")
+    streams = BACKENDS["compressed"].refuses(layer) is None
+    return Plan("rows", ((STREAMING_TOKENS, "compressed"), many) if streams else (many,))
 
 
 def candidates(layer: SparseLinear, rank: int = 0) -> dict[str, str | None]:

@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trisparse.sparsity.backends import Prefer
+from trisparse.sparsity.backends import Plan, Prefer
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.linear import SparseLinear
-from trisparse.sparsity.mask import check_masks, masks
+from trisparse.sparsity.mask import Mask, check_masks, masks
 from trisparse.sparsity.report import as_text
 from trisparse.sparsity.tuning import TOKENS, Times, cached_times, choose_plan, key
 from trisparse.sparsity.tuning import tune as measure
@@ -117,8 +117,11 @@ def compress(
     tune: bool | Literal["lazy"] = False,
     prefer: Prefer = "speed",
     tokens: tuple[int, ...] = TOKENS,
+    rank: int = 0,
 ) -> CompressionReport:
     """Replace every pruned ``nn.Linear`` (and transformers' ``Conv1D``) of ``model`` by a SparseLinear, in place.
+
+    Layers that were compressed before get a new plan.
 
     Which code runs a layer on a GPU follows from times that were measured there (``tune=True`` here, or
     ``trisparse bench tune``), else from `default_plan`. On the CPU nothing is faster than dense: layers are held
@@ -130,7 +133,8 @@ def compress(
             first used.
         prefer: ``"speed"`` keeps the dense weight besides where that is faster for some token counts, and leaves a
             layer as it is where dense wins for all; ``"memory"`` holds the compressed weight only.
-        tokens: with ``tune``, the token counts to measure at.
+        tokens: with ``tune``, the token counts to measure at; larger ones are served as the largest.
+        rank: of the adapter that will run beside each layer, whose times are used; 0 for none.
 
     Returns:
         What became of each pruned weight. Layers left dense are listed with the reason.
@@ -155,37 +159,35 @@ def compress(
     for name, mask in found.items():
         path, _, param = name.rpartition(".")
         layer = model.get_submodule(path)
-        if isinstance(layer, SparseLinear):  # compressed before
-            rows.append(_row(name, layer, layer.in_features * layer.out_features * layer.values.element_size(), {}))
-            continue
-        stored: Tensor = getattr(layer, param)
-        times: Times = {}
-        reason = _reason_to_stay_dense(layer, param, shared=owners[id(stored)] > 1)
-        if not reason:
-            made = SparseLinear.from_dense(layer, mask)
-            kind = key(made)
+        made: SparseLinear | None = None
+        reason, times = "", Times()
+        if isinstance(layer, SparseLinear):
+            made = layer
+        elif not (reason := _reason_to_stay_dense(layer, param, owners)):
+            made = SparseLinear.from_dense(layer, mask, plan=Plan("rows", ((None, "compressed"),)))
+        if made is not None:
+            kind = key(made, rank)
             if kind not in measured:
-                measured[kind] = measure(made, tokens=tokens) if tune is True else cached_times(made)
-            times = measured[kind] or {}
-            plan = choose_plan(made, prefer, measured[kind])
-            if plan is not None:
-                made.adopt(plan)
-                made.tune_for = prefer if tune == "lazy" and measured[kind] is None else None
-            if plan is None:
+                measured[kind] = measure(made, tokens=tokens, rank=rank) if tune is True else cached_times(made, rank)
+            known = measured[kind]
+            times, plan = known or times, choose_plan(made, prefer, known)
+            if plan is None and made is not layer:
                 reason = "dense is faster at every measured token count"
-            elif made.nbytes >= stored.nbytes and (prefer == "memory" or not stored.is_cuda):
-                reason = f"the compressed form is not smaller at {mask.sparsity:.0%}"
             else:
+                made.prefer = prefer
+                made.adopt(plan or Plan("rows", ((None, "dense"),)))
+                made.tune_for = prefer if tune == "lazy" and known is None else None
+                larger = made.nbytes >= mask.shape.numel() * made.values.element_size()
+                if made is not layer and larger and (prefer == "memory" or not made.values.is_cuda):
+                    reason = f"the compressed form is not smaller at {mask.sparsity:.0%}"
+        if made is not None and not reason:
+            if made is not layer:
                 with interrupt_after():
                     _replace(model, path, made)
-                rows.append(_row(name, made, stored.nbytes, times))
-                continue
-        chosen = dict.fromkeys(times, "dense")
-        rows.append(
-            CompressedLayer(
-                name, tuple(mask.shape), str(mask.pattern), "dense", stored.nbytes, stored.nbytes, times, chosen, reason
-            )
-        )
+            rows.append(_row(name, mask, made.values, made.nbytes, times, made.plan))
+        else:
+            stored = layer.get_parameter(param)
+            rows.append(_row(name, mask, stored, stored.nbytes, times, Plan("rows", ((None, "dense"),)), reason))
     device = next(itertools.chain(model.buffers(), model.parameters())).device
     note = ""
     if device.type != "cuda" and any(not row.note for row in rows):
@@ -202,19 +204,21 @@ def decompress(model: nn.Module) -> int:
     return len(found)
 
 
-def _row(name: str, layer: SparseLinear, dense_bytes: int, times: Times) -> CompressedLayer:
-    shape = (layer.out_features, layer.in_features)
-    chosen = {tokens: layer.plan.backend(tokens) for tokens in times}
-    return CompressedLayer(name, shape, str(layer.pattern), str(layer.plan), dense_bytes, layer.nbytes, times, chosen)
+def _row(name: str, mask: Mask, like: Tensor, nbytes: int, times: Times, plan: Plan, note: str = "") -> CompressedLayer:
+    dense_bytes = mask.shape.numel() * like.element_size()
+    chosen = {count: plan.backend(count) for count in times}
+    return CompressedLayer(
+        name, tuple(mask.shape), str(mask.pattern), str(plan), dense_bytes, nbytes, times, chosen, note
+    )
 
 
-def _reason_to_stay_dense(layer: nn.Module, param: str, *, shared: bool) -> str:
+def _reason_to_stay_dense(layer: nn.Module, param: str, owners: Counter[int]) -> str:
     # A subclass may compute something else, or be read without being called, as in nn.MultiheadAttention.
     if type(layer) not in (nn.Linear, Conv1D) or param != "weight":
         return f"a {type(layer).__name__} has no compressed form"
     if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
         return "it has hooks, which a new layer would not have"
-    return "its weight is shared with another parameter" if shared else ""
+    return "its weight is shared with another parameter" if owners[id(layer.weight)] > 1 else ""
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:

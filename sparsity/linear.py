@@ -62,6 +62,7 @@ class SparseLinear(nn.Module, HoldsMask):
         format, n, m: the stored form, as in kernels/compressed.py.
         layout: ``"rows"``, or ``"fragments"`` (the order of the sparse tensor cores).
         plan: which backend runs up to how many tokens.
+        prefer: ``"speed"`` or ``"memory"``: what a new plan is made for when the layer moves to another device.
         tune_for: ``"speed"`` or ``"memory"``: measure at the next use outside of torch.compile, and plan for that.
         values, row_offsets, bias: as above; the last two may be None.
 
@@ -115,12 +116,15 @@ class SparseLinear(nn.Module, HoldsMask):
         self.register_buffer("dense", None, persistent=False)
         self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device)) if bias else None
         self.semi_structured: Tensor | None = None  # torch's own compressed tensor, no buffer: it cannot be moved
-        self.plan: Plan = default_plan(self)
+        self.prefer: Prefer = "speed"
         self.tune_for: Prefer | None = None
+        self.adopt(default_plan(self))
 
     @classmethod
-    def from_dense(cls, layer: nn.Module, mask: Mask | None = None) -> SparseLinear:
+    def from_dense(cls, layer: nn.Module, mask: Mask | None = None, *, plan: Plan | None = None) -> SparseLinear:
         """Compress an ``nn.Linear`` or a ``Conv1D`` by ``mask`` (that of the layer by default); shares its bias.
+
+        ``plan`` is the default plan if it is None.
 
         Raises:
             ValueError: another layer, no mask, or a mask without its pattern.
@@ -143,13 +147,13 @@ class SparseLinear(nn.Module, HoldsMask):
             kept=mask.kept if unsized else None,
             bias=layer.bias is not None,
             kind=kind,
-            device=stored.device,
+            device="meta",  # what it allocates is replaced at once
             dtype=stored.dtype,
         )
         made.bias = layer.bias
         made.training = layer.training
         made._store(compress(made._rows(stored), mask.bits.to(stored.device), made.format, *made._groups()))
-        made.adopt(default_plan(made))
+        made.adopt(default_plan(made) if plan is None else plan)
         return made
 
     def _rows(self, stored: Tensor) -> Tensor:
@@ -266,7 +270,7 @@ class SparseLinear(nn.Module, HoldsMask):
             from trisparse.sparsity.tuning import tune_on_use
 
             prefer, self.tune_for = self.tune_for, None
-            self.adopt(tune_on_use(self, prefer))
+            tune_on_use(self, prefer)
         tokens = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
         grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, self.bias, *(lora or ())[:2])
@@ -274,12 +278,12 @@ class SparseLinear(nn.Module, HoldsMask):
         return BACKENDS[self.plan.backend(tokens, grad=grad)].run(self, x, lora)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
-        before = self.values.device.type, self.values.dtype
+        before = self.values.device, self.values.dtype
+        if self.layout != "rows":  # fragments are of half precision
+            self._store(self.compressed())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before != (self.values.device.type, self.values.dtype):
-            self.adopt(default_plan(self))
-        elif self.semi_structured is not None:  # no buffer, so that fn did not reach it
-            self.adopt(self.plan)
+        same = before == (self.values.device, self.values.dtype)
+        self.adopt(self.plan if same else default_plan(self, self.prefer))
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -289,7 +293,8 @@ class SparseLinear(nn.Module, HoldsMask):
             destination[prefix + "values"], destination[prefix + "meta"] = values, meta
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        plan = self.plan
+        errors: list[str] = args[-1]
+        before, device = len(errors), self.values.device
         if self.layout != "rows":
             self._store(self.compressed())
         given = state_dict.get(prefix + "values")
@@ -297,14 +302,16 @@ class SparseLinear(nn.Module, HoldsMask):
             self.values = self.values.new_empty(given.shape)  # another mask of the same pattern
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.dense = self.semi_structured = None
-        errors: list[str] = args[-1]
-        if not errors and self.values.device.type != "meta":
-            try:
-                self._check()
-                if self.format == "bitmask":
-                    self.tile_offsets = tile_offsets(self.positions, self.in_features)
-                self.adopt(plan)
-            except ValueError as error:
+        if self.values.device.type == "meta":
+            return
+        try:
+            self._check()
+            if self.format == "bitmask":
+                self.tile_offsets = tile_offsets(self.positions, self.in_features)
+            self.adopt(self.plan if self.values.device == device else default_plan(self, self.prefer))
+        except ValueError as error:
+            self.plan = Plan("rows", ((None, "compressed"),))
+            if len(errors) == before:
                 errors.append(f"{prefix}weight is damaged: {error}")
 
     def _check(self) -> None:

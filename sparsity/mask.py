@@ -7,6 +7,7 @@ update of the weights may make one. Attaching leaves the model's ``state_dict`` 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -23,13 +24,13 @@ class MaskError(RuntimeError):
     """A pruned weight is not zero, or a mask does not fit its parameter."""
 
 
-class HoldsMask:
+class HoldsMask(ABC):
     """A module whose ``weight`` cannot be but zero where its ``mask`` prunes."""
 
     @property
+    @abstractmethod
     def mask(self) -> Mask:
         """Which weights are kept."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trisparse.kernels.linear import MAX_RANK
 from trisparse.kernels.tuned import keep, recall
 from trisparse.sparsity.backends import BACKENDS, Plan, Prefer, candidates, default_plan
 from trisparse.sparsity.linear import SparseLinear
@@ -26,14 +27,15 @@ MARGIN = 0.02  # a backend must be faster than dense by this much: dense wins ti
 Times = dict[int, dict[str, float]]  # tokens -> backend -> seconds
 
 _FLUSH_BYTES = 256 << 20  # more than any L2 cache holds
+_WAIT_CYCLES = 2_000_000  # above a millisecond, in which Python launches a layer
 
 
 def plan_from(times: Mapping[int, Mapping[str, float]], prefer: Prefer = "speed") -> Plan | None:
     """The plan for measured times; None where dense wins at every token count, so that compressing gains no time.
 
-    A count of tokens is served by what was fastest at the next measured count (the last one beyond). With "speed" a
-    backend must be faster than dense by more than 2%, else the dense weight is kept and runs; with "memory" only
-    the compressed weight is held. Of the two layouts of 2:4 that with the least geometric mean of times is taken.
+    A count of tokens is served by what was fastest at the next measured count, beyond the last one by that. With
+    "speed" a backend must be faster than dense by more than 2%, else the dense weight is kept and runs; with "memory"
+    only the compressed weight is held. Of the two layouts of 2:4 that with the least geometric mean of times is taken.
 
     Args:
         times: for each token count, seconds of each backend that can run; always of ``"dense"``.
@@ -111,7 +113,10 @@ def tune(
     """
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens is {tuple(tokens)}; it must hold counts of at least 1")
-    if not again and (known := cached_times(layer, rank)) is not None and known.keys() >= set(tokens):
+    if not 0 <= rank <= MAX_RANK:
+        raise ValueError(f"rank is {rank}; it must be in 0..{MAX_RANK}")
+    known = cached_times(layer, rank) or {}
+    if not again and known.keys() >= set(tokens):
         return {count: known[count] for count in tokens}
     names = [name for name, reason in candidates(layer, rank).items() if reason is None]
     times: Times = {count: {} for count in tokens}
@@ -122,9 +127,9 @@ def tune(
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     lora = (normal(rank, layer.in_features), normal(layer.out_features, rank), 1.0) if rank else None
-    scratch = SparseLinear.from_dense(layer.to_dense())
-    scratch.requires_grad_(False)
-    with torch.no_grad():
+    # An inference tensor could not be trained with later, and autocast would be timed in another dtype.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        scratch = SparseLinear.from_dense(layer.to_dense(), plan=Plan("rows", ((None, "compressed"),)))
         for layout in ("rows", "fragments"):
             # Dense is a contestant in both, so that each is compared with it under the same conditions.
             here = [name for name in names if _home(name) == layout]
@@ -144,7 +149,7 @@ def tune(
                     scale = earlier / measured["dense"]
                     measured = {name: seconds * scale for name, seconds in measured.items()}
                 times[count] |= measured
-    keep(device, "backends", key(layer, rank), {str(count): row for count, row in times.items()})
+    keep(device, "backends", key(layer, rank), {str(count): row for count, row in sorted((known | times).items())})
     return times
 
 
@@ -157,7 +162,7 @@ def _compare(
     exact = F.linear(x.to(wide), layer.weight.to(wide), bias)
     if lora is not None:
         exact = exact + lora[2] * F.linear(F.linear(x.to(wide), lora[0].to(wide)), lora[1].to(wide))
-    scale = float(exact.abs().max())
+    scale = float(exact.abs().max()) or 1.0
     errors = {name: float((run().to(wide) - exact).abs().max()) / scale for name, run in runs.items()}
     allowed = 2 * errors["dense"] + torch.finfo(layer.values.dtype).eps
     wrong = {name: error for name, error in errors.items() if not error <= allowed}
@@ -168,7 +173,8 @@ def _compare(
 def time_in_turn(runs: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
     """Median seconds of each of ``runs``, one after the other in every round, so that drift meets all of them.
 
-    On a GPU by events, with the L2 cache overwritten before each run.
+    On a GPU by events, with the L2 cache overwritten before each run; the GPU is kept waiting meanwhile, so that the
+    time in which Python launches the kernels does not count.
     """
     for run in runs.values():  # compiles, allocates
         run()
@@ -186,6 +192,7 @@ def time_in_turn(runs: Mapping[str, Callable[[], Any]], device: torch.device, re
         for _ in range(repeats):
             for name, run in runs.items():
                 flush.zero_()
+                torch.cuda._sleep(_WAIT_CYCLES)
                 start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start_event.record()
                 run()
@@ -202,6 +209,9 @@ def choose_plan(layer: SparseLinear, prefer: Prefer, times: Times | None) -> Pla
     return default_plan(layer, prefer)
 
 
-def tune_on_use(layer: SparseLinear, prefer: Prefer) -> Plan:
-    """Measure, and return the plan for a layer that is in use already: all dense where dense always wins."""
-    return choose_plan(layer, prefer, tune(layer)) or Plan("rows", ((None, "dense"),))
+def tune_on_use(layer: SparseLinear, prefer: Prefer) -> None:
+    """Measure, and plan for a layer that is in use already: all dense where dense always wins. The CPU has one plan."""
+    device = layer.values.device
+    if device.type == "cuda":
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            layer.adopt(plan_from(tune(layer), prefer) or Plan("rows", ((None, "dense"),)))

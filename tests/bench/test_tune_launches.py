@@ -110,6 +110,17 @@ def test_what_was_measured_replaces_what_is_computed(monkeypatch):
 
 
 @pytest.mark.ptx
+def test_alternatives_on_sparse_tensor_cores_are_right():
+    weight, x = layer("2:4", 64, 256).compressed(), torch.randn(5, 256, dtype=torch.bfloat16)
+    packed = linear24.pack24(weight.values, weight.meta)
+    with emulated():
+        expected = linear24.linear24(x, *packed)
+        for config in linear24.alternatives(64, 256, 5, 0, 80)[1::4]:
+            with trying("linear24", vars(config)):
+                assert (linear24.linear24(x, *packed) - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+@pytest.mark.ptx
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
 def test_alternatives_are_right(pattern):
     sparse = layer(pattern, 64, 256)

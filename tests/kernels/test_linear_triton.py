@@ -13,7 +13,7 @@ from trisparse.kernels import linear as module
 from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.compressed import compress
 from trisparse.kernels.launch import device, interpret, using
-from trisparse.kernels.linear import linear, linear_ref
+from trisparse.kernels.linear import linear, linear_backward, linear_ref
 from trisparse.kernels.linear_config import Config
 from trisparse.kernels.nm import select_nm
 
@@ -117,6 +117,18 @@ def test_token_counts_and_strided_rows(tokens):
 def test_parts_of_the_contraction(weight, splits, monkeypatch):
     monkeypatch.setattr(module, "config", lambda *_, **__: Config(16, 32, 32, splits, 4, 2, True, "forced"))
     check(compressed(*weight, torch.float16, rows=70), 5, 33, bias=True, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [2, 33])
+@pytest.mark.parametrize("weight", [WEIGHTS[0], WEIGHTS[6]], ids=str)
+def test_an_infinite_weight_in_the_last_row_stays_infinite(weight, tokens):
+    w = compressed(*weight, torch.float16)
+    w.values[..., -1] = torch.inf  # the last kept weight of a row, or of all
+    dy = torch.ones(tokens, ROWS, dtype=torch.float16, device=WHERE)
+    with using(device):
+        expected = dy.float() @ w.decompress().float()
+    assert torch.equal(torch.isinf(linear_backward(dy, w)[0]), torch.isinf(expected))
+    assert not torch.isnan(linear_backward(dy, w)[0]).any()
 
 
 def test_same_bits_again():

@@ -119,10 +119,12 @@ def test_nothing_to_freeze_or_to_train_leaves_the_model(build, quick, tokens, sn
     assert_same(model, before)
 
 
-def test_a_frozen_layer_keeps_no_gradient(build):
+def test_a_frozen_layer_keeps_no_gradient_in_the_one_process(build):
     model = build("llama")
     callback = FreezingCallback(GradualFreezing("freeze", "input", stages=1), model)
-    callback.on_train_begin(None, None, None)
+    with pytest.raises(ValueError, match="freezing changes what trains from step to step: run one process, not 2"):
+        callback.on_train_begin(SimpleNamespace(world_size=2), None, None)
+    callback.on_train_begin(SimpleNamespace(world_size=1), None, None)
     weight = model.get_submodule(callback.layers[0]).weight
     weight.grad = torch.ones_like(weight)
     callback.on_step_begin(None, SimpleNamespace(global_step=0, max_steps=1), None)

@@ -84,6 +84,8 @@ def test_compressing_twice_reports_the_same_layers():
     first, second = compress(model), compress(model)
     assert second.bytes == first.bytes
     assert [layer.backend for layer in second.layers] == ["compressed"] * 2
+    assert compress(model, tune=True, tokens=(1,), prefer="memory").layers[0].times.keys() == {1}
+    assert model[0].prefer == "memory"
 
 
 def test_report_shows_bytes_backends_and_times():

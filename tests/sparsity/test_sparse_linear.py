@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from trisparse.sparsity import linear as linear_module
 from trisparse.sparsity.backends import BACKENDS, Plan
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import Mask, attach, check_masks, mask_of, masks
@@ -245,6 +246,50 @@ def test_moves_copies_and_pickles():
     kept = copy.deepcopy(sparse)
     kept.adopt(Plan("rows", ((None, "dense"),)))
     assert torch.equal(kept.half().weight, sparse.weight.half())
+
+
+def test_fragments_move_to_any_dtype():
+    sparse = SparseLinear.from_dense(pruned("2:4", dtype=torch.bfloat16))
+    weight = sparse.weight
+    sparse.adopt(Plan("fragments", ((None, "mma.sp"),)))
+    assert torch.equal(sparse.float().weight, weight.float())
+    assert (sparse.layout, str(sparse.plan)) == ("rows", "compressed")
+
+
+def test_a_move_keeps_what_the_plan_was_made_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        linear_module,
+        "default_plan",
+        lambda layer, prefer="speed": asked.append(prefer) or Plan("rows", ((None, "compressed"),)),
+    )
+    sparse = SparseLinear.from_dense(pruned("50%"), plan=Plan("rows", ((None, "compressed"),)))
+    sparse.prefer = "memory"
+    asked.clear()
+    sparse.half()
+    assert asked == ["memory"]
+
+
+def test_a_failed_load_leaves_a_layer_that_runs():
+    layer = pruned("2:4", dtype=torch.bfloat16)
+    sparse, x = SparseLinear.from_dense(layer), normal(3, COLS, dtype=torch.bfloat16)
+    expected = sparse(x)
+    for plan in (Plan("rows", ((None, "dense"),)), Plan("fragments", ((None, "mma.sp"),))):
+        sparse.adopt(plan)
+        with pytest.raises(RuntimeError, match="size mismatch for bias"):
+            sparse.load_state_dict({**sparse.state_dict(), "bias": torch.zeros(3)})
+        assert sparse.plan == plan
+        torch.testing.assert_close(sparse(x), expected)
+
+
+def test_decompressing_keeps_no_dense_weight_for_the_backward():
+    sparse = SparseLinear.from_dense(pruned("50%"))
+    sparse.adopt(Plan("rows", ((None, "decompress"),)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        sparse(normal(3, COLS).requires_grad_())
+    assert kept
+    assert (ROWS, COLS) not in {tuple(tensor.shape) for tensor in kept}
 
 
 def test_set_weight_keeps_the_mask():

@@ -11,7 +11,7 @@ from trisparse.sparsity import tuning
 from trisparse.sparsity.backends import Backend, Plan, default_plan
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.sparsify import sparsify
-from trisparse.sparsity.tuning import cached_times, choose_plan, key, plan_from, time_in_turn, tune
+from trisparse.sparsity.tuning import cached_times, choose_plan, key, plan_from, time_in_turn, tune, tune_on_use
 
 
 @pytest.fixture(autouse=True)
@@ -125,14 +125,42 @@ def test_the_cpu_keeps_its_plan():
     assert choose_plan(sparse, "speed", times) == default_plan(sparse) == Plan("rows", ((None, "compressed"),))
 
 
-def test_tuned_on_first_use():
+def test_tuned_on_first_use(monkeypatch):
     sparse = layer()
-    sparse.tune_for = "speed"
+    sparse.tune_for = "memory"
+    asked = []
+    monkeypatch.setattr(tuning, "tune_on_use", lambda layer, prefer: asked.append((layer, prefer)))
     x = torch.randn(3, 64)
-    expected = layer()(x)
-    assert torch.equal(sparse(x), expected)
-    assert sparse.tune_for is None
-    assert cached_times(sparse).keys() == set(tuning.TOKENS)
+    for _ in range(2):
+        assert torch.equal(sparse(x), layer()(x))
+    assert asked == [(sparse, "memory")]
+
+
+def test_the_cpu_is_not_measured_on_use():
+    sparse = layer()
+    tune_on_use(sparse, "speed")
+    assert cached_times(sparse) is None
+
+
+def test_other_token_counts_are_added():
+    tune(layer(), tokens=(1, 4), repeats=1)
+    tune(layer(), tokens=(2,), repeats=1)
+    assert list(cached_times(layer())) == [1, 2, 4]
+
+
+def test_inference_mode_and_autocast_change_nothing():
+    sparse = layer("2:4")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        tune(sparse, tokens=(1,), repeats=1)
+    assert not sparse.values.is_inference()
+    assert cached_times(sparse).keys() == {1}
+
+
+def test_a_weight_of_zeros_can_be_tuned():
+    sparse = layer()
+    sparse.bias = None
+    sparse.values.zero_()
+    assert tune(sparse, tokens=(1,), repeats=1)
 
 
 def test_key_names_what_the_time_depends_on():
@@ -143,6 +171,8 @@ def test_key_names_what_the_time_depends_on():
 def test_wrong_inputs():
     with pytest.raises(ValueError, match=r"tokens is \(0,\)"):
         tune(layer(), tokens=(0,))
+    with pytest.raises(ValueError, match=r"rank is 129; it must be in 0\.\.128"):
+        tune(layer(), rank=129)
     file = tune_file(torch.device("cpu"))
     file.parent.mkdir(parents=True)
     for content in ("{", "[]", "{}"):
