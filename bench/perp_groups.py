@@ -84,6 +84,7 @@ def run(options: argparse.Namespace, on_row: Callable[[dict[str, Any]], None]) -
     config = PERPConfig(
         steps=options.steps,
         seq_len=options.seq_len,
+        batch_size=2,
         gradient_accumulation=1,
         learning_rate=options.learning_rate,
         variant=options.variant,
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace, on_row: Callable[[dict[str, Any]], None]) -
         alpha=options.alpha,
     )
     cut = {"tokenizer": tokenizer, "seq_len": options.seq_len}
-    train = token_windows(pydoc_text("train"), samples=config.steps * config.batch_size, **cut)
+    train = token_windows(pydoc_text("train"), samples=2 * config.steps, **cut)
     test = token_windows(pydoc_text("test"), samples=options.test, **cut)
     rows = []
     for row in measure(model, train, test, config):

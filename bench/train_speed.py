@@ -28,6 +28,7 @@ from trisparse.bench.masked_lora import peak_bytes
 from trisparse.bench.smollm2 import load_smollm2
 from trisparse.env import environment
 from trisparse.retrain.adapters import Adapted
+from trisparse.retrain.batch_settings import BatchSettings
 from trisparse.retrain.groups import parameter_groups
 from trisparse.retrain.loop import Watch, trainer_for, with_labels
 from trisparse.retrain.perp import PERPConfig
@@ -66,16 +67,23 @@ def usual_step(model: Any, *, checkpointing: bool) -> Step:
 
 def perp_step(model: Any, groups: tuple[str, ...], variant: str, *, checkpointing: bool) -> Step:
     """A step of ours: the adapters and the loss of ``retrain``."""
-    batch, seq_len = 2, 512
-    config = PERPConfig(groups, variant, merge=False, steps=1, batch_size=batch, seq_len=seq_len, dtype="fp32")  # type: ignore[arg-type]
+    config = PERPConfig(groups, variant, merge=False, steps=1)  # type: ignore[arg-type]
     adapted = Adapted(model, parameter_groups(model), groups, config.rank, config.alpha, config.variant)
     adapted.switch_cache_off()
     module = adapted.module.train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     with tempfile.TemporaryDirectory() as folder:
-        watch = Watch(1, progress=False)
-        trainer: Any = trainer_for(module, torch.zeros(batch, seq_len).long(), config, watch, folder=folder, dtype=None)
+        trainer: Any = trainer_for(  # for its loss: the batches come from `step`
+            module,
+            torch.zeros(1, 2).long(),
+            config,
+            Watch(1, progress=False),
+            batch=BatchSettings(1, 1),
+            learning_rate=1e-5,
+            folder=folder,
+            dtype=None,
+        )
     trained = [param for param in module.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trisparse.retrain.batch_settings import batch_settings
 from trisparse.retrain.cycles_report import CycleReport, CyclesReport
 from trisparse.retrain.freezing import FreezingCallback, GradualFreezing
-from trisparse.retrain.perp import PERPConfig, retrain
+from trisparse.retrain.perp import PERPConfig, parameter_count, retrain
+from trisparse.retrain.processes import process_count
 from trisparse.retrain.report import RetrainReport
 from trisparse.retrain.sparsity_schedule import SCHEDULES, SparsitySchedule, pattern_schedule
 from trisparse.sparsity.calibration import PROPAGATE, Propagate
@@ -83,6 +85,12 @@ class CyclesConfig:
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be {described}, got {getattr(self, name)!r}")
+        if self.retraining.learning_rate == "grid":
+            raise ValueError("retraining.learning_rate must be a number, got 'grid', which is for one retraining")
+        if self.retraining.resume:
+            raise ValueError("retraining.resume must be False, got True: cycles start anew")
+        if self.freezing is not None and process_count() > 1:
+            raise ValueError(f"freezing must be None with {process_count()} processes: DDP waits for every gradient")
         groups = set(self.retraining.groups)
         if self.freezing is not None and not groups & {"lora", "full"}:
             raise ValueError(
@@ -342,11 +350,12 @@ def _windows(
         "seq_len": own.seq_len,
         "vocab_size": model.get_input_embeddings().weight.shape[0],
     }
-    samples = config.cycles * own.steps * own.batch_size * own.gradient_accumulation
+    batch = batch_settings(own, parameter_count(model))
+    samples = config.cycles * own.steps * batch.windows * process_count()
     windows = token_windows(data, samples=samples, seed=own.seed, **cut)
-    if len(windows) < own.batch_size:
+    if len(windows) < batch.size:
         raise ValueError(
             f"data is shorter than one batch: {len(windows)} windows of seq_len={own.seq_len} tokens, and "
-            f"batch_size={own.batch_size}"
+            f"batch_size={batch.size}"
         )
     return windows, None if validation is None else token_windows(validation, **cut)

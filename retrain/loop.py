@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +16,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from trisparse.retrain.distillation import divergence, teacher_logits
+from trisparse.retrain.loop_options import save_every
+from trisparse.retrain.processes import is_main_process, process_count
+from trisparse.retrain.run_folder import checkpoints, load_trained, save_trained, unmark
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
 
 if TYPE_CHECKING:
+    from trisparse.retrain.batch_settings import BatchSettings
     from trisparse.retrain.perp import PERPConfig
+
+# fp16's gradient scale starts at 2^16 and halves with each overflow: after so many it is nothing that a scale mends
+_MOST_OVERFLOWS = 24
 
 
 class RetrainError(RuntimeError):
@@ -53,13 +62,25 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class Watch(TrainerCallback):
-    """Losses, time and the progress bar; stops at the first loss or gradient that is not finite."""
+    """Losses, time and the progress bar; stops at the first loss or gradient that is not finite.
 
-    def __init__(self, steps: int, *, progress: bool) -> None:
+    Args:
+        steps: optimizer steps.
+        progress: show the bar (on the main process).
+        scaled: the gradients are scaled, as fp16 needs it: a step whose gradients overflow is skipped and counted.
+        folder: of the checkpoints that the run writes, if any.
+    """
+
+    def __init__(self, steps: int, *, progress: bool, scaled: bool = False, folder: Path | None = None) -> None:
         self.losses: list[float] = []
         self.seconds = 0.0
+        self.resumed_at = 0
+        self.skipped = 0
+        self._in_a_row = 0
         self._total = steps
-        self._progress = progress
+        self._progress = progress and is_main_process()
+        self._scaled = scaled
+        self._folder = folder
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Watch:
@@ -71,7 +92,11 @@ class Watch(TrainerCallback):
         self._open.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start the clock; a run that goes on takes the losses so far from its checkpoint."""
+        self.resumed_at = state.global_step
+        if self.resumed_at:
+            self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            self._advance(self.resumed_at, f"loss {self.losses[-1]:.4f}")
         self._start = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,29 +112,82 @@ class Watch(TrainerCallback):
         logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs:
             return
+        overflow = self._scaled and not math.isfinite(logs.get("grad_norm", 0.0))
+        self.skipped += overflow
+        self._in_a_row = self._in_a_row + 1 if overflow else 0
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(value := logs.get(name, 0.0)):
-                raise RetrainError(
-                    f"{name} is {value} at step {state.global_step} of {state.max_steps}: retraining stopped and "
-                    f"the model is as it was before; a learning_rate below {args.learning_rate:g} may help"
-                )
+            if math.isfinite(value := logs.get(name, 0.0)):
+                continue
+            if name == "grad_norm" and overflow and self._in_a_row < _MOST_OVERFLOWS:
+                continue
+            raise RetrainError(
+                f"{name} is {value} at step {state.global_step} of {state.max_steps}: retraining stopped and "
+                f"the model is as it was before; a learning_rate below {args.learning_rate:g} may help"
+                f"{self._last_checkpoint()}"
+            )
         self.losses.append(logs["loss"])
         self._advance(1, f"loss {logs['loss']:.4f}")
 
+    def _last_checkpoint(self) -> str:
+        if self._folder is None:
+            return ""
+        complete = checkpoints(self._folder)
+        return f"; the last good checkpoint is {complete[-1]}" if complete else "; no checkpoint was written yet"
+
 
 class _Trainer(Trainer):
-    """Trainer whose autocast is around the loss only.
+    """Trainer whose autocast is around the loss only, with a teacher, and exact checkpoints of what trains.
 
-    accelerate's wraps the model's forward and copies its output to fp32; for the logits of a batch that is
+    accelerate's autocast wraps the model's forward and copies its output to fp32; for the logits of a batch that is
     another tensor of [batch, seq_len, vocabulary] in fp32, which nobody reads.
     """
 
     autocast_dtype: torch.dtype | None = None
+    teacher: nn.Module | None = None
+    distillation_weight: float
+    temperature: float
+    adapted: nn.Module
+    trained: tuple[str, ...]
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()
         stack.enter_context(autocast(self.args.device, self.autocast_dtype))
         return stack
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        target = teacher_logits(self.teacher, inputs["input_ids"])
+        total, count = divergence(outputs.logits, target, inputs["labels"], self.temperature)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # as the Trainer does with the loss: the mean over all tokens of the step, on all processes
+            mean = total / num_items_in_batch * self.accelerator.num_processes
+        else:
+            mean = total / count
+        loss = (1 - self.distillation_weight) * loss + self.distillation_weight * mean
+        return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        for name in self.trained:
+            if not bool(torch.isfinite(self.adapted.get_parameter(name)).all()):
+                raise RetrainError(
+                    f"{name} is not finite after step {self.state.global_step}: no checkpoint was written, and the "
+                    "model is as it was before"
+                )
+        if self.args.should_save:
+            unmark(Path(str(self.args.output_dir)), self.state.global_step)
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # the Trainer comes here on every process
+            save_trained(self.adapted, self.trained, Path(str(output_dir or self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.adapted, self.trained, Path(resume_from_checkpoint))
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
@@ -123,18 +201,24 @@ def trainer_for(
     config: PERPConfig,
     watch: Watch,
     *,
+    batch: BatchSettings,
+    learning_rate: float,
     folder: str,
     dtype: torch.dtype | None,
+    teacher: nn.Module | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     """A Trainer that runs ``config`` on ``windows`` [n, seq_len]; only what requires a gradient is optimised."""
     device = next(model.parameters()).device
+    processes = process_count()
+    every = save_every(config)
+    scaled = dtype == torch.float16
     args = TrainingArguments(
         output_dir=folder,
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
+        per_device_train_batch_size=batch.size,
+        gradient_accumulation_steps=batch.accumulation,
+        learning_rate=learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type="linear",
@@ -144,13 +228,16 @@ def trainer_for(
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         train_sampling_strategy="sequential",  # Windows are in random order already
         seed=config.seed,
+        fp16=scaled,  # accelerate's own autocast then, which comes with the scaler of the gradients
         use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if processes > 1 and device.type == "cpu" else None,
+        ddp_find_unused_parameters=False,  # every adapter is used in every forward
         dataloader_pin_memory=device.type == "cuda",
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no" if config.save_steps is None else "steps",
-        save_steps=config.save_steps or 500,
+        save_strategy="no" if every is None else "steps",
+        save_steps=every or 500,
         report_to=list(config.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -160,12 +247,15 @@ def trainer_for(
     trainer = _Trainer(
         model=model,
         args=args,
-        train_dataset=Windows(windows, config.steps * config.batch_size * config.gradient_accumulation, config.seed),
+        train_dataset=Windows(windows, config.steps * batch.windows * processes, config.seed),
         data_collator=default_data_collator,
         callbacks=[watch, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.autocast_dtype = dtype
+    trainer.autocast_dtype = None if scaled else dtype
+    trainer.adapted, trainer.teacher = model, teacher
+    trainer.distillation_weight, trainer.temperature = config.distillation_weight, config.temperature
+    trainer.trained = tuple(name for name, param in model.named_parameters() if param.requires_grad)
     return trainer
 
 

@@ -8,7 +8,6 @@ before, and every pruned weight is still zero. Full retraining with the masks he
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,23 +15,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from trisparse.retrain.adapters import Adapted, is_tied, other_ties
+from trisparse.retrain.batch_settings import BatchSettings, batch_settings
+from trisparse.retrain.distillation import check_teacher
 from trisparse.retrain.effective_sparsity import effective_sparsity
-from trisparse.retrain.full import FullWeights
 from trisparse.retrain.groups import GROUPS, ParameterGroups, group_names, parameter_groups
-from trisparse.retrain.loop import RetrainError, Watch, mean_loss, random_state_kept, trainer_for
+from trisparse.retrain.loop import random_state_kept
+from trisparse.retrain.loop_options import LEARNING_RATES, check_loop_options
 from trisparse.retrain.lora import fills_zeros
 from trisparse.retrain.lora_layer import VARIANTS, Variant
-from trisparse.retrain.report import PeakMemory, RetrainReport
+from trisparse.retrain.lr_grid import choose_learning_rate
+from trisparse.retrain.processes import check_launcher, process_count
+from trisparse.retrain.report import RetrainReport
+from trisparse.retrain.run import Run
+from trisparse.retrain.run_folder import MarkComplete, last_checkpoint, run_identity
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.hardware import bf16_is_fast
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import check_masks, masks
+from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.targets import is_peft_wrapped
-
-_DTYPES = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -50,21 +54,29 @@ class PERPConfig:
             None is all.
         merge: whether the adapters are merged in the end. False leaves them on the model, under which it stays frozen;
             ``report.peft_model`` saves them. The variant "lora" demands it, unless whole rows are pruned.
-        learning_rate: AdamW's peak; the paper tries 5e-6, 1e-5, 5e-5, 1e-4 and 5e-4.
+        learning_rate: AdamW's peak; "grid" tries ``learning_rates`` and takes the one of the lowest validation loss.
+        learning_rates: of the grid; by default the paper's.
+        grid_steps: steps of each of its short runs, with a warm-up and a decay of their own.
         steps: optimizer steps.
-        batch_size: windows per forward, on each device.
-        gradient_accumulation: forwards per step.
+        batch_size: windows per forward, on each device; None is the paper's for the model's size, see
+            :func:`trisparse.retrain.batch_settings.paper_batch`.
+        gradient_accumulation: forwards per step; None likewise.
         seq_len: tokens per window.
         warmup_ratio: share of the steps in which the rate rises; it falls linearly to 0 after them.
         weight_decay: AdamW's.
         max_grad_norm: clipping of the gradient's l2 norm; 0 turns it off.
         gradient_checkpointing: keep one activation per block and compute the others twice.
         seed: of the LoRAs' start, of the order of the data and of dropout.
-        dtype: "fp32"; "bf16" (autocast; what trains stays fp32); "auto" is bf16 where it is the faster one, or
-            where the model is in bf16.
+        dtype: "fp32"; "bf16" (autocast; what trains stays fp32); "fp16" (autocast with scaled gradients, on CUDA
+            alone); "auto" is bf16 where it is the faster one, or where the model is in bf16.
         output_dir: folder for the Trainer's checkpoints; none are written without it.
-        save_steps: steps from one checkpoint to the next.
-        report_to: Trainer's integrations, such as ("wandb",).
+        save_steps: steps from one checkpoint to the next; None is a tenth of the steps. The last step has one too.
+        resume: go on from the last complete checkpoint of the same run in ``output_dir``.
+        guard_every: check after every so many steps that each pruned weight is zero; None only at the end.
+        distillation_weight: α of the teacher's part of the loss, if there is a teacher; see
+            :mod:`trisparse.retrain.distillation`.
+        temperature: T of the same.
+        report_to: Trainer's integrations, such as ("wandb",) or ("tensorboard",).
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -76,19 +88,25 @@ class PERPConfig:
     alpha: float = 32
     targets: str | Sequence[str] | None = None
     merge: bool = True
-    learning_rate: float = 5e-4
+    learning_rate: float | Literal["grid"] = 5e-4
+    learning_rates: Sequence[float] = LEARNING_RATES
+    grid_steps: int = 20
     steps: int = 100
-    batch_size: int = 2
-    gradient_accumulation: int = 4
+    batch_size: int | None = None
+    gradient_accumulation: int | None = None
     seq_len: int = 512
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     seed: int = 0
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     output_dir: str | Path | None = None
     save_steps: int | None = None
+    resume: bool = False
+    guard_every: int | None = None
+    distillation_weight: float = 0.5
+    temperature: float = 2.0
     report_to: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -106,32 +124,13 @@ class PERPConfig:
             object.__setattr__(self, "targets", patterns)
         if not self.merge and "full" in self.groups:
             raise ValueError("merge must be True for groups='full', which has no adapters, got False")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
-        for name, least in (
-            ("rank", 1), ("steps", 1), ("batch_size", 1), ("gradient_accumulation", 1), ("seq_len", 2), ("seed", 0)
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for name, above, reach in (
-            ("alpha", 0, False), ("learning_rate", 0, False), ("weight_decay", 0, True), ("max_grad_norm", 0, True)
-        ):  # fmt: skip
-            value = getattr(self, name)
-            number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-            if not number or value < above or (value == above and not reach):
-                least_or_above = "of at least" if reach else "above"
-                raise ValueError(f"{name} must be a number {least_or_above} {above}, got {value!r}")
-        ratio = self.warmup_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-            raise ValueError(f"warmup_ratio must be a number in [0, 1), got {ratio!r}")
-        if self.save_steps is not None:
-            if isinstance(self.save_steps, bool) or not isinstance(self.save_steps, int) or self.save_steps < 1:
-                raise ValueError(f"save_steps must be an integer of at least 1 or None, got {self.save_steps!r}")
-            if self.output_dir is None:
-                raise ValueError(f"save_steps={self.save_steps} needs output_dir: where do the checkpoints go?")
-        if isinstance(self.report_to, str):
-            raise ValueError(f"report_to must be a sequence of names such as ('wandb',), got {self.report_to!r}")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
+        number = not isinstance(self.alpha, bool) and isinstance(self.alpha, int | float) and math.isfinite(self.alpha)
+        if not number or self.alpha <= 0:
+            raise ValueError(f"alpha must be a number above 0, got {self.alpha!r}")
+        check_loop_options(self)
+        object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
         object.__setattr__(self, "report_to", tuple(self.report_to))
 
 
@@ -145,6 +144,7 @@ def retrain(
     *,
     tokenizer: Any = None,
     validation: Any = None,
+    teacher: Any = None,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RetrainReport:
@@ -156,54 +156,53 @@ def retrain(
     input embedding gets a weight of its own when it is merged, as its LoRA changes the head alone
     (``tie_word_embeddings`` is False from then on; the report says so).
 
+    Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments and holds the whole
+    model; they share the windows of a step among them (DDP), end with the same weights, and the first one writes the
+    checkpoints.
+
     Args:
         model: a transformers causal language model with attached masks (:mod:`trisparse.sparsity.mask`), or compressed
             (:func:`trisparse.sparsity.compression.compress`), which it stays.
         data: to train on; token ids or text, see :func:`trisparse.sparsity.data.token_windows`.
         config: what trains, and how.
         tokenizer: for text.
-        validation: data whose loss is measured before and after.
+        validation: data whose loss is measured before and after, and by which ``learning_rate="grid"`` chooses.
+        teacher: the dense model, on the same device, to distil from; stays as it is.
         progress: show a progress bar on stderr.
-        callbacks: of the Trainer, such as :class:`trisparse.retrain.freezing.FreezingCallback`.
+        callbacks: of the Trainer, such as :class:`trisparse.retrain.freezing.FreezingCallback`; not of the grid's
+            short runs.
 
     Raises:
-        ValueError: the model or the data does not fit ``config``.
+        ValueError: the model, the data or the checkpoints do not fit ``config``.
         MaskError: a pruned weight is not zero.
         RetrainError: the loss, the gradient or a trained parameter became NaN or infinite.
     """
+    check_launcher()
     groups = parameter_groups_for(model, config)
     dtype = autocast_dtype(model, config)
-    windows, held_out = _windows(model, data, validation, config, tokenizer)
-    compressed = sum(layer.in_features * layer.out_features for layer in _compressed_layers(model))
-    total = sum(param.numel() for param in model.parameters()) + compressed
-    device = next(model.parameters()).device
+    total = parameter_count(model)
+    batch = batch_settings(config, total)
+    if teacher is not None:
+        check_teacher(teacher, model)
+    windows, held_out = _windows(model, data, validation, config, batch, tokenizer)
+    if config.learning_rate == "grid" and held_out is None:
+        raise ValueError("learning_rate='grid' chooses by the loss on validation data: pass validation")
+    identity = None
+    if config.output_dir is not None:
+        identity = run_identity(config, batch, model, windows, teacher=teacher is not None)
+    resume_from, chosen = last_checkpoint(Path(str(config.output_dir)), identity) if config.resume else (None, {})
+    run = Run(model, groups, windows, held_out, config, batch, dtype, teacher, progress)
 
-    watch = Watch(config.steps, progress=progress)
-    with random_state_kept(), _folder(config) as folder:
-        set_seed(config.seed)
-        adapted: Adapted | FullWeights
-        if "full" in config.groups:
-            adapted = FullWeights(model, config.output_dir)
-        else:
-            adapted = Adapted(model, groups, tuple(config.groups), config.rank, config.alpha, config.variant)
-        try:
-            adapted.switch_cache_off()
-            validate = [] if held_out is None else [mean_loss(adapted.module, held_out, config.batch_size, dtype)]
-            with watch, PeakMemory(device) as memory:
-                trainer = trainer_for(
-                    adapted.module, windows, config, watch, folder=folder, dtype=dtype, callbacks=callbacks
-                )
-                trainer.train()
-            if broken := adapted.first_not_finite():
-                raise RetrainError(f"{broken} is not finite after step {config.steps}; the model is as it was before")
-            check_masks(model)
-            if config.merge:
-                adapted.as_merged()
-            if held_out is not None:
-                validate.append(mean_loss(adapted.module, held_out, config.batch_size, dtype))
-        except BaseException:
-            adapted.discard()
-            raise
+    with random_state_kept(), nullcontext() if teacher is None else evaluating(teacher):
+        if not chosen:
+            chosen = {"learning_rate": config.learning_rate, "grid": None}
+        if chosen["learning_rate"] == "grid":
+            rate, tried = choose_learning_rate(config.learning_rates, run.validation_loss_of)
+            chosen = {"learning_rate": rate, "grid": list(tried.items())}
+        mark = () if config.output_dir is None else (MarkComplete(identity, chosen),)
+        watch, memory, adapted, losses = run.train(
+            config, chosen["learning_rate"], resume_from=resume_from, callbacks=(*callbacks, *mark)
+        )
         added = 0
         if isinstance(adapted, Adapted) and not config.merge:
             adapted.keep()
@@ -212,7 +211,7 @@ def retrain(
     check_masks(model)
     return RetrainReport(
         steps=config.steps,
-        tokens=config.steps * config.batch_size * config.gradient_accumulation * config.seq_len,
+        tokens=config.steps * batch.windows * process_count() * config.seq_len,
         seconds=watch.seconds,
         trainable=adapted.trainable,
         total_parameters=total,
@@ -223,7 +222,12 @@ def retrain(
         missing=[group for group in config.groups if not getattr(groups, group)],
         not_covered=list(groups.not_covered) if "lora" in config.groups else [],
         effective_sparsity=effective_sparsity(model).total if masks(model) else None,
-        validation_loss=(validate[0], validate[1]) if held_out is not None else None,
+        validation_loss=(losses[0], losses[1]) if held_out is not None else None,
+        learning_rate=chosen["learning_rate"],
+        grid=None if chosen["grid"] is None else dict(chosen["grid"]),
+        batch=(batch.size, batch.accumulation, process_count()),
+        resumed_at=watch.resumed_at,
+        skipped_steps=watch.skipped,
         peft_model=adapted.peft if isinstance(adapted, Adapted) and not config.merge else None,
     )
 
@@ -265,6 +269,12 @@ def parameter_groups_for(model: Any, config: PERPConfig) -> ParameterGroups:
     return groups
 
 
+def parameter_count(model: Any) -> int:
+    """Parameters of ``model``, pruned ones and those of compressed layers included, a shared one once."""
+    compressed = sum(layer.in_features * layer.out_features for layer in _compressed_layers(model))
+    return int(sum(param.numel() for param in model.parameters()) + compressed)
+
+
 def _compressed_layers(model: Any) -> list[SparseLinear]:
     return [module for module in model.modules() if isinstance(module, SparseLinear)]
 
@@ -277,39 +287,45 @@ def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:
     """The dtype to compute in under autocast, or None for the model's own fp32.
 
     Raises:
-        ValueError: fp32 asked for a model in another dtype, or a model in fp16.
+        ValueError: fp32 or fp16 asked for a model in another dtype, fp16 off CUDA, or a model in fp16.
     """
+    device = next(model.parameters()).device
     dtypes = {param.dtype for param in model.parameters()} | {layer.values.dtype for layer in _compressed_layers(model)}
     if torch.float16 in dtypes:
         raise ValueError("model is in fp16, whose gradients underflow: load it in bf16 or fp32")
     if torch.bfloat16 in dtypes:
-        if config.dtype == "fp32":
-            raise ValueError("dtype='fp32' needs a model in fp32, this one is in bf16: call model.float() first")
+        if config.dtype in ("fp32", "fp16"):
+            raise ValueError(
+                f"dtype={config.dtype!r} needs a model in fp32, this one is in bf16: call model.float() first"
+            )
         return torch.bfloat16
-    if config.dtype == "bf16" or (config.dtype == "auto" and bf16_is_fast(next(model.parameters()).device)):
+    if config.dtype == "fp16":
+        if device.type != "cuda":
+            raise ValueError(f"dtype='fp16' needs a model on CUDA, this one is on {device}: take 'bf16' or 'fp32'")
+        return torch.float16
+    if config.dtype == "bf16" or (config.dtype == "auto" and bf16_is_fast(device)):
         return torch.bfloat16
     return None
 
 
-def _windows(
-    model: Any, data: Any, validation: Any, config: PERPConfig, tokenizer: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def check_length(model: Any, config: PERPConfig) -> None:
+    """Raise a ValueError where the windows are longer than the model's context."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
         raise ValueError(f"seq_len={config.seq_len} is more than the model's maximum of {longest} positions")
+
+
+def _windows(
+    model: Any, data: Any, validation: Any, config: PERPConfig, batch: BatchSettings, tokenizer: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    check_length(model, config)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    samples = config.steps * config.batch_size * config.gradient_accumulation
+    samples = config.steps * batch.windows * process_count()
     cut = {"tokenizer": tokenizer, "seq_len": config.seq_len, "vocab_size": vocabulary}
     windows = token_windows(data, samples=samples, seed=config.seed, **cut)
-    if len(windows) < config.batch_size:
+    if len(windows) < batch.size:
         raise ValueError(
             f"data is shorter than one batch: {len(windows)} windows of seq_len={config.seq_len} tokens, and "
-            f"batch_size={config.batch_size}"
+            f"batch_size={batch.size}"
         )
     return windows, None if validation is None else token_windows(validation, **cut)
-
-
-def _folder(config: PERPConfig) -> Any:
-    if config.output_dir is not None:
-        return nullcontext(str(config.output_dir))
-    return tempfile.TemporaryDirectory(prefix="trisparse-")  # the Trainer wants one even when it saves nothing

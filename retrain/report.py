@@ -74,6 +74,11 @@ class RetrainReport:
         effective_sparsity: of the pruned parameters, adapters that are not merged counted as kept
             (:func:`trisparse.retrain.effective_sparsity.effective_sparsity`); None without masks.
         validation_loss: loss on the validation data before and after, if any was given.
+        learning_rate: the peak.
+        grid: validation loss of each learning rate that was tried, None where it diverged; None without a grid.
+        batch: windows per forward, forwards per step, processes.
+        resumed_at: step of the checkpoint that this run went on from; ``seconds`` are those of the steps after it.
+        skipped_steps: steps whose fp16 gradients overflowed, which changed nothing.
         peft_model: the model under its adapters, where they were not merged; in no dict and no JSON.
     """
 
@@ -90,12 +95,17 @@ class RetrainReport:
     missing: list[str] = field(default_factory=list)
     effective_sparsity: float | None = None
     validation_loss: tuple[float, float] | None = None
+    learning_rate: float | None = None
+    grid: dict[float, float | None] | None = None
+    batch: tuple[int, int, int] | None = None
+    resumed_at: int = 0
+    skipped_steps: int = 0
     peft_model: PeftModel | None = field(default=None, repr=False, compare=False)
 
     @property
     def tokens_per_second(self) -> float:
         """Train tokens per second of training."""
-        return self.tokens / self.seconds
+        return self.tokens * (1 - self.resumed_at / self.steps) / self.seconds
 
     @property
     def trainable_share(self) -> float:
@@ -120,6 +130,10 @@ class RetrainReport:
             values[name] = getattr(self, name)
         if self.validation_loss is not None:
             values["validation_loss"] = list(self.validation_loss)
+        if self.batch is not None:
+            values["batch"] = list(self.batch)
+        if self.grid is not None:  # JSON's keys are strings
+            values["grid"] = {f"{rate:g}": loss for rate, loss in self.grid.items()}
         return values
 
     def to_json(self) -> str:
@@ -129,6 +143,15 @@ class RetrainReport:
     def __str__(self) -> str:
         table = Table("retraining", "", show_lines=False)
         table.add_row("steps", f"{self.steps:,} ({self.tokens:,} tokens in {self.seconds:.1f} s)")
+        if self.resumed_at:
+            table.add_row("resumed", f"after step {self.resumed_at:,}")
+        if self.skipped_steps:
+            table.add_row("skipped", f"{self.skipped_steps:,} steps, whose fp16 gradients overflowed")
+        if self.batch is not None:
+            table.add_row("batch", "{} x {} accumulated x {} processes".format(*self.batch))
+        for rate, loss in (self.grid or {}).items():
+            found = "diverged" if loss is None else f"validation loss {loss:.4f}"
+            table.add_row(f"tried {rate:g}", found + (", chosen" if rate == self.learning_rate else ""))
         table.add_row("train tokens/s", f"{self.tokens_per_second:,.0f}")
         table.add_row("loss", f"{self.first_loss:.4f} -> {self.last_loss:.4f}")
         if self.validation_loss is not None:

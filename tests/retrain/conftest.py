@@ -53,6 +53,9 @@ def _build(kind: str) -> transformers.PreTrainedModel:
         "opt": lambda: transformers.OPTConfig(
             **_SMALL, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.0
         ),
+        "opt-dropout": lambda: transformers.OPTConfig(
+            **_SMALL, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.1
+        ),
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -79,6 +82,12 @@ def tokens() -> torch.Tensor:
 @pytest.fixture
 def build() -> Callable[[str], transformers.PreTrainedModel]:
     """``build(kind)``: a tiny random model, pruned, in training mode."""
+    return _build
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[[str], transformers.PreTrainedModel]:
+    """``build``, for fixtures that outlive a test."""
     return _build
 
 

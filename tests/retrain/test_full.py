@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from trisparse.retrain import loop, perp
+from trisparse.retrain import loop
 from trisparse.retrain.full import FullWeights
 from trisparse.sparsity.compression import compress
 from trisparse.sparsity.mask import Mask, MaskError, attach, check_masks, masks, masks_sha256
@@ -33,7 +33,7 @@ def spy(monkeypatch):
             trainer.add_callback(callback)
             return trainer
 
-        monkeypatch.setattr(perp, "trainer_for", with_callback)
+        monkeypatch.setattr("trisparse.retrain.run.trainer_for", with_callback)
 
     return add
 

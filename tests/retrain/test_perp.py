@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from trisparse.retrain import loop, perp
+from trisparse.retrain import loop
+from trisparse.retrain import run as run_module
 from trisparse.retrain.adapters import Adapted
 from trisparse.retrain.groups import parameter_groups
 from trisparse.retrain.loop import Windows, mean_loss, with_labels
@@ -137,7 +138,7 @@ def test_frozen_weights_have_no_gradient_and_no_state(build, tokens, monkeypatch
         trainer.add_callback(Spy())
         return trainer
 
-    monkeypatch.setattr(perp, "trainer_for", with_spy)
+    monkeypatch.setattr(run_module, "trainer_for", with_spy)
     report = run(build("opt"), tokens)
     assert seen["grads"] == seen["trains"]
     assert not any("base_layer.weight" in name or "original_module" in name for name in seen["grads"])

@@ -11,7 +11,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from trisparse.retrain import adapters, loop, perp
+from trisparse.retrain import adapters, loop
+from trisparse.retrain import run as run_module
 from trisparse.retrain.loop import RetrainError
 from trisparse.retrain.lora import mask_lora_modules
 from trisparse.sparsity.mask import MaskError, check_masks, detach
@@ -37,7 +38,7 @@ def test_a_failure_leaves_the_model_as_it_was(build, tokens, monkeypatch, error,
         trainer.add_callback(Fails())
         return trainer
 
-    monkeypatch.setattr(perp, "trainer_for", with_failure)
+    monkeypatch.setattr(run_module, "trainer_for", with_failure)
     with pytest.raises(error):
         run(model, tokens, gradient_checkpointing=True)
     assert_same(model, before)
@@ -108,14 +109,14 @@ def test_an_interrupt_while_merging_comes_after_it(build, tokens, monkeypatch, r
         ({"targets": ()}, "targets must be one or more patterns"),
         ({"targets": (3,)}, "targets must be one or more patterns"),
         ({"targets": "q_proj", "groups": "norms"}, "targets are of the group 'lora'"),
-        ({"dtype": "fp16"}, "dtype must be one of auto, fp32, bf16"),
+        ({"dtype": "fp64"}, "dtype must be one of auto, fp32, bf16, fp16"),
         ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
         ({"steps": 1.5}, "steps"),
         ({"batch_size": True}, "batch_size"),
         ({"gradient_accumulation": 0}, "gradient_accumulation"),
         ({"seq_len": 1}, "seq_len"),
         ({"alpha": 0}, "alpha must be a number above 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be a number above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be a number above 0 or 'grid', got 0.0"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"weight_decay": -1}, "weight_decay must be a number of at least 0"),
         ({"max_grad_norm": math.inf}, "max_grad_norm"),

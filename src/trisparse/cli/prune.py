@@ -1,4 +1,4 @@
-"""The commands prune, retrain, eval and inspect."""
+"""The commands prune, eval and inspect."""
 
 from __future__ import annotations
 
@@ -57,56 +57,6 @@ def prune(
     content = report.to_dict()
     step = {k: content[k] for k in ("pattern", "method", "propagate", "samples", "tokens", "sparsity", "seconds")}
     save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, {"step": "prune", "data": data, "seed": seed, **step}])
-    show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
-
-
-@app.command()
-def retrain(
-    folder: Folder,
-    data: Data,
-    out: Out,
-    groups: Annotated[str, typer.Option(help="What trains: any of biases,norms,head,lora.")] = "biases,norms,head,lora",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA adapters.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scaling of the LoRA adapters is alpha / rank.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="Forward passes per step.")] = None,
-    seq_len: SeqLen = None,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more computation.")] = False,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Retrain a pruned model the PERP way: under 1% of the parameters of a large model, every zero kept."""
-    from trisparse.retrain.perp import PERPConfig
-    from trisparse.retrain.perp import retrain as perp
-    from trisparse.sparsity.checkpoint import check_output, read_info, save
-    from trisparse.sparsity.text import load_text
-
-    given = {
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "rank": rank,
-        "alpha": alpha,
-        "batch_size": batch_size,
-        "gradient_accumulation": gradient_accumulation,
-        "seq_len": seq_len,
-    }
-    config = PERPConfig(
-        groups=tuple(group.strip() for group in groups.split(",")),
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-    )
-    read_info(folder)
-    check_output(out)
-    text = load_text(data, split="train")
-    loaded, tokenizer, recipe = load_model(str(folder))
-    report = perp(loaded, text, config, tokenizer=tokenizer)
-    content = report.to_dict()
-    settings = {k: getattr(config, k) for k in ("groups", "rank", "alpha", "learning_rate", "steps", "seq_len", "seed")}
-    step = {k: content[k] for k in ("tokens", "trainable_share", "seconds", "first_loss", "last_loss")}
-    save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, {"step": "retrain", "data": data, **settings, **step}])
     show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
 
 

@@ -1,0 +1,126 @@
+"""Checkpoints of a run that can go on: which are complete, whose they are, and everything that trained in them.
+
+The Trainer writes the optimizer, the schedule, the random states and its own state. To them come here every trained
+parameter by name, exactly, and last of all ``retrain.json``: a checkpoint without it was cut off while it was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from trisparse.retrain.processes import process_count, wait_for_all
+from trisparse.sparsity.mask import masks_sha256
+
+if TYPE_CHECKING:
+    from trisparse.retrain.batch_settings import BatchSettings
+    from trisparse.retrain.perp import PERPConfig
+
+RUN_FILE = "retrain.json"
+TRAINED_FILE = "trained.safetensors"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# what may differ between the run that wrote a checkpoint and the one that goes on from it
+_FREE = ("output_dir", "save_steps", "report_to", "resume", "guard_every", "gradient_checkpointing")
+
+
+def run_identity(config: PERPConfig, batch: BatchSettings, model: nn.Module, windows: Tensor, *, teacher: bool) -> Any:
+    """What decides the outcome of a run, as JSON has it: settings, masks, weights, data, processes."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    settings |= {"batch_size": batch.size, "gradient_accumulation": batch.accumulation, "processes": process_count()}
+    data = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    settings |= {"masks": masks_sha256(model), "weights": _weights_sha256(model), "data": data, "teacher": teacher}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _weights_sha256(model: nn.Module) -> str:
+    """A hash over the names and shapes of the parameters and 64 numbers of each: all of them would take too long."""
+    digest = hashlib.sha256()
+    for name, param in model.named_parameters():
+        some = param.detach().flatten()[:: max(1, param.numel() // 64)].float().cpu()
+        digest.update(f"{name} {tuple(param.shape)} {param.dtype}\n".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Every complete checkpoint of a run folder, the oldest first."""
+    found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / RUN_FILE).is_file()]
+
+
+def unmark(folder: Path, step: int) -> None:
+    """What an earlier run left at ``step`` counts no longer: another is about to be written over it."""
+    (folder / f"checkpoint-{step}" / RUN_FILE).unlink(missing_ok=True)
+
+
+def last_checkpoint(folder: Path, identity: Any) -> tuple[Path, dict[str, Any]]:
+    """The last complete checkpoint of the run ``identity``, and what that run had chosen.
+
+    Raises:
+        ValueError: there is none; names what differs in the last one of another run.
+    """
+    complete = checkpoints(folder)
+    if not complete:
+        raise ValueError(f"resume=True, and {folder} holds no complete checkpoint: leave resume out to start anew")
+    for path in reversed(complete):
+        run = json.loads((path / RUN_FILE).read_text())
+        if run["identity"] == identity:
+            return path, run["chosen"]
+    theirs = json.loads((complete[-1] / RUN_FILE).read_text())["identity"]
+    different = sorted(key for key in theirs.keys() | identity.keys() if theirs.get(key) != identity.get(key))
+    shown = [
+        key if key in ("masks", "weights", "data") else f"{key} (was {theirs.get(key)!r}, is {identity.get(key)!r})"
+        for key in different
+    ]
+    raise ValueError(f"{complete[-1]} is of another run, resume needs the same: {', '.join(shown)}")
+
+
+def save_trained(model: nn.Module, names: Collection[str], folder: Path) -> None:
+    """Write the parameters ``names`` of ``model``."""
+    save_file({name: model.get_parameter(name).detach().contiguous().cpu() for name in names}, folder / TRAINED_FILE)
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, names: Collection[str], folder: Path) -> None:
+    """Read what :func:`save_trained` wrote, in place.
+
+    Raises:
+        ValueError: the file holds other parameters, or in other shapes or dtypes.
+    """
+    tensors = load_file(folder / TRAINED_FILE)
+    params = {name: model.get_parameter(name) for name in names}
+    wrong = sorted(tensors.keys() ^ params.keys()) or [
+        name for name, p in params.items() if (p.shape, p.dtype) != (tensors[name].shape, tensors[name].dtype)
+    ]
+    if wrong:
+        raise ValueError(f"{folder} does not fit the parameters that train: {', '.join(wrong[:5])}")
+    for name, param in params.items():
+        param.copy_(tensors[name])
+
+
+class MarkComplete(TrainerCallback):
+    """Writes ``retrain.json`` into each checkpoint, when all else is there."""
+
+    def __init__(self, identity: Any, chosen: dict[str, Any]) -> None:
+        self._text = json.dumps({"identity": identity, "chosen": chosen}, indent=2)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the checkpoint that has just been written."""
+        wait_for_all()  # every process writes its random state
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        unfinished = folder / f"{RUN_FILE}.tmp"
+        unfinished.write_text(self._text)
+        os.replace(unfinished, folder / RUN_FILE)
