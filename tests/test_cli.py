@@ -66,6 +66,20 @@ def test_prune_prints_json(dense, tmp_path):
     assert out["out"] == str(tmp_path / "p")
 
 
+def test_retrain_presets_and_adapters_that_stay(pruned, text, tmp_path):
+    common = ["--steps", "2", "--seq-len", "16", "--json"]
+    options = ["--groups", "full", *common]
+    full = json.loads(invoke("retrain", pruned, "--data", text, "--out", tmp_path / "full", *options))
+    assert full["trainable_share"] == 1
+    options = ["--groups", "perp", "--variant", "lora", "--no-merge", "--targets", "q_proj", *common]
+    kept = json.loads(invoke("retrain", pruned, "--data", text, "--out", tmp_path / "adapters", *options))
+    assert list(kept["trainable"]) == ["biases", "norms", "head", "lora"]
+    assert kept["missing"] == ["biases"]
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["variant"] == "lora"
+    assert not (tmp_path / "adapters" / "model.safetensors").exists()
+
+
 def test_retrain_learns_keeps_zeros_and_the_recipe(pruned, text, tmp_path):
     options = ["--steps", 6, "--seq-len", 32, "--learning-rate", 1e-2, "--rank", 2, "--batch-size", 4]
     out = json.loads(invoke("retrain", pruned, "--data", text, "--out", tmp_path / "r", "--json", *options))
