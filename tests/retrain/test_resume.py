@@ -231,3 +231,25 @@ def test_the_grid_is_not_tried_again(build, tokens, tmp_path, quick, monkeypatch
     assert (report.learning_rate, report.grid) == (whole.learning_rate, whole.grid)
     assert same(first, again)
     assert json.loads((tmp_path / "checkpoint-8" / RUN_FILE).read_text())["chosen"]["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize(
+    "what",
+    [{"groups": "full"}, {"variant": "lora_prune"}, {"variant": "scale_lora"}, {"variant": "lora", "merge": False}],
+    ids=str,
+)
+def test_full_retraining_and_every_variant_resume_to_the_same_bits(build, tokens, tmp_path, quick, what):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    unbroken, resumed = build("opt-dropout"), build("opt-dropout")
+    retrain(unbroken, tokens, quick(output_dir=tmp_path / "whole", **what, **STEPS), progress=False)
+    options = {"output_dir": tmp_path / "cut", **what, **STEPS}
+    with pytest.raises(KeyboardInterrupt):
+        retrain(resumed, tokens, quick(**options), progress=False, callbacks=[Stop()])
+    report = retrain(resumed, tokens, quick(resume=True, **options), progress=False)
+    assert report.resumed_at == 4
+    assert same(resumed, unbroken)
+    check_masks(resumed)
