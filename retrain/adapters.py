@@ -11,7 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from trisparse.retrain.groups import ParameterGroups
+from trisparse.retrain.groups import ParameterGroups, trainable_parameters
+from trisparse.retrain.lora_layer import Variant, VariantLora
+from trisparse.retrain.model_state import ModelState
 from trisparse.retrain.sparse_lora_config import sparse_lora_modules
 from trisparse.sparsity.interrupt import interrupt_after
 
@@ -49,15 +51,25 @@ class Adapted:
     Norms are PEFT's ``modules_to_save``, biases its ``bias="all"``: so the adapter checkpoints that the
     Trainer writes hold everything that trains. Norms and biases of a half-precision model train in fp32.
 
+    Args:
+        model: a transformers model.
+        groups: of ``model``.
+        wanted: which of "biases", "norms", "head" and "lora" train.
+        rank, alpha: of every LoRA.
+        variant: of the LoRAs on pruned layers; the others are plain.
+
     Attributes:
-        peft: the wrapped model, to train.
+        peft, module: the wrapped model, to train.
         trainable: parameters that train, per group of ``wanted``.
     """
 
     peft: PeftModel
     trainable: dict[str, int]
 
-    def __init__(self, model: Any, groups: ParameterGroups, wanted: tuple[str, ...], rank: int, alpha: float) -> None:
+    def __init__(
+        self, model: Any, groups: ParameterGroups, wanted: tuple[str, ...], rank: int, alpha: float,
+        variant: Variant = "mask_lora",
+    ) -> None:  # fmt: skip
         self.model = model
         self.head = groups.head[0] if "head" in wanted and groups.head else None
         self.norms = groups.norms if "norms" in wanted else ()
@@ -65,27 +77,17 @@ class Adapted:
         biases = groups.biases if "biases" in wanted else ()
 
         self._modules = {name: model.get_submodule(name) for name in (*self.norms, *self.lora)}
-        self._requires_grad = [(param, param.requires_grad) for param in model.parameters()]
-        self._training = [(module, module.training) for module in model.modules()]
-        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-        self._configs = [(config, dict(vars(config))) for config in configs.values()]
-        self._checkpointing = bool(getattr(model, "is_activation_checkpointing", False))
-        self._input_grads = bool(getattr(model, "_require_grads_hooks", None))
+        self._state = ModelState(model)
+        self.trainable = trainable_parameters(model, groups, wanted, rank)
         self._biases = [(model.get_parameter(name), model.get_parameter(name).data.clone()) for name in biases]
         try:
-            self._wrap(rank, alpha, with_biases=bool(biases))
+            self._wrap(rank, alpha, variant, with_biases=bool(biases))
         except BaseException:
             self.discard()
             raise
-        by_group = {
-            "biases": [param for param, _ in self._biases],
-            "norms": [p for name in self.norms for p in self._active(name).parameters() if p.requires_grad],
-            "head": self._factors(self.head) if self.head else [],
-            "lora": [p for name in self.lora if name != self.head for p in self._factors(name)],
-        }
-        self.trainable = {group: sum(param.numel() for param in by_group[group]) for group in wanted}
+        self.module: nn.Module = self.peft
 
-    def _wrap(self, rank: int, alpha: float, *, with_biases: bool) -> None:
+    def _wrap(self, rank: int, alpha: float, variant: Variant, *, with_biases: bool) -> None:
         names = "|".join(map(re.escape, self.lora))
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -101,7 +103,7 @@ class Adapted:
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             # PEFT 0.21 asks by the older name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            self.peft = get_peft_model(self.model, sparse_lora_modules(config, "mask_lora"))
+            self.peft = get_peft_model(self.model, sparse_lora_modules(config, variant))
         for name in self.norms:
             self._active(name).float()
         chosen = {id(param) for param, _ in self._biases}
@@ -116,15 +118,9 @@ class Adapted:
     def _active(self, norm: str) -> nn.Module:
         return self.model.get_submodule(norm).modules_to_save["default"]  # type: ignore[no-any-return]
 
-    def _factors(self, name: str) -> list[nn.Parameter]:
-        layer = self.model.get_submodule(name)
-        return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-
     def switch_cache_off(self) -> None:
         """No key/value cache while training; the configs are put back at the end."""
-        for config, _ in self._configs:
-            if hasattr(config, "use_cache"):
-                config.use_cache = False
+        self._state.switch_cache_off()
 
     def first_not_finite(self) -> str | None:
         """Name of a trained parameter that holds a NaN or Inf, or None."""
@@ -133,12 +129,29 @@ class Adapted:
                 return str(name)
         return None
 
+    def as_merged(self) -> None:
+        """Compute from now on what the merged model will: of the variant "lora_prune", the update under the mask."""
+        for name in self.lora:
+            layer: Any = self.model.get_submodule(name)
+            if isinstance(layer, VariantLora) and layer.variant["default"] == "lora_prune":
+                layer.variant["default"] = "mask_lora"
+
+    def keep(self) -> None:
+        """End the training and leave the adapters on; the weights under them stay frozen."""
+        with interrupt_after(), torch.no_grad():
+            for name in self.norms:
+                for trained, own in zip(self._active(name).parameters(), self._modules[name].parameters(), strict=True):
+                    trained.data = trained.data.to(own.dtype)
+            for param, before in self._biases:
+                param.data = param.data.to(before.dtype)
+            self._state.restore(frozen=True)
+
     def merge(self) -> int:
         """Merge everything into the model and unwrap it; returns the parameters added by untying the head."""
         with interrupt_after(), torch.no_grad():
             trained = {name: [p.detach() for p in self._active(name).parameters()] for name in self.norms}
             added = 0
-            self._restore_flags()
+            self._state.restore()
             if self.head and is_tied(self.model, self.head):
                 wrapper: Any = self.model.get_submodule(self.head)
                 added = _untie(self.model, self.head, wrapper.get_base_layer())
@@ -161,18 +174,4 @@ class Adapted:
             del self.model.peft_config
         for param, before in self._biases:
             param.data = before
-        self._restore_flags()
-
-    def _restore_flags(self) -> None:
-        if not self._checkpointing and getattr(self.model, "is_activation_checkpointing", False):
-            self.model.activation_checkpointing_disable()
-        if not self._input_grads and getattr(self.model, "_require_grads_hooks", None):
-            self.model.disable_input_require_grads()  # transformers adds it with the checkpointing
-        for param, flag in self._requires_grad:
-            param.requires_grad_(flag)
-            param.grad = None
-        for module, training in self._training:
-            module.training = training
-        for config, values in self._configs:
-            vars(config).clear()
-            vars(config).update(values)
+        self._state.restore()

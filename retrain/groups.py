@@ -1,20 +1,35 @@
-"""The parameter groups of PERP (section 3): biases, norms, the output head, and LoRA on the pruned layers."""
+"""The parameter groups of PERP (section 3): biases, norms, the output head, LoRA on the pruned layers, or everything.
+
+Presets nest as in section 3.1, where each method also trains what the simpler ones train. A group by itself, such as
+``("norms",)``, is one of the ablation of Table 13.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from trisparse.retrain.lora import factor_sizes
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import masks
 
-GROUPS = ("biases", "norms", "head", "lora")
+GROUPS = ("biases", "norms", "head", "lora", "full")
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "biases": ("biases",),
+    "norms": ("biases", "norms"),
+    "linear-probing": ("biases", "norms", "head"),
+    "perp": ("biases", "norms", "head", "lora"),
+    "full": ("full",),
+}
 
 _TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 # transformers defines a norm per model: LlamaRMSNorm, Gemma3RMSNorm, T5LayerNorm, Qwen3NextRMSNormGated, ...
@@ -29,8 +44,9 @@ class ParameterGroups:
         biases: parameters; every bias that is not a norm's.
         norms: modules; LayerNorm, RMSNorm, BatchNorm, GroupNorm and the models' own kinds.
         head: the output head's module, or none.
-        lora: modules; every pruned nn.Linear, Conv1D and SparseLinear but the head.
+        lora: modules; every pruned nn.Linear, Conv1D, Conv2d and SparseLinear but the head.
         not_covered: pruned parameters that LoRA does not reach, each with the reason.
+        full: parameters; all of them, each once.
     """
 
     biases: tuple[str, ...]
@@ -38,6 +54,56 @@ class ParameterGroups:
     head: tuple[str, ...]
     lora: tuple[str, ...]
     not_covered: tuple[str, ...]
+    full: tuple[str, ...] = ()
+
+    def only(self, targets: str | Sequence[str] | None) -> ParameterGroups:
+        """The same with LoRA on the layers that match ``targets`` alone, shell-style patterns; None is all.
+
+        Raises:
+            ValueError: a pattern that matches no pruned layer.
+        """
+        if targets is None:
+            return self
+        patterns = [targets] if isinstance(targets, str) else list(targets)
+        chosen = tuple(name for name in self.lora if any(_matches(name, pattern) for pattern in patterns))
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in self.lora):
+                raise ValueError(f"targets: {pattern!r} matches none of the {len(self.lora)} layers that take LoRA")
+        left = len(self.lora) - len(chosen)
+        left_out = (f"{left} pruned layers: not among targets",) if left else ()
+        return replace(self, lora=chosen, not_covered=(*self.not_covered, *left_out))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` matches a module's name, its end after a dot, or a module that it is in."""
+    parts = name.split(".")
+    ends = (".".join(parts[start:]) for start in range(len(parts)))
+    starts = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return any(fnmatchcase(part, pattern) for part in (*ends, *starts))
+
+
+def group_names(groups: str | Sequence[str]) -> tuple[str, ...]:
+    """The groups that a preset names, or those of a sequence in the order of ``GROUPS``, each once.
+
+    Raises:
+        ValueError: an unknown preset or group, none at all, or "full" beside others, all of which it holds.
+    """
+    if groups == "bn-recalibrate":
+        raise ValueError(
+            "groups='bn-recalibrate' is for image classifiers: retrain_vision(model, data, "
+            "VisionConfig('bn-recalibrate'))"
+        )
+    if isinstance(groups, str):
+        if groups not in PRESETS:
+            raise ValueError(
+                f"groups must be one of {', '.join(PRESETS)}, or a sequence of {', '.join(GROUPS)}, got {groups!r}"
+            )
+        return PRESETS[groups]
+    if not groups or set(groups) - set(GROUPS):
+        raise ValueError(f"groups must be one or more of {', '.join(GROUPS)}, got {groups!r}")
+    if "full" in groups and len(set(groups)) > 1:
+        raise ValueError(f"groups must be 'full' alone, which holds the others, got {groups!r}")
+    return tuple(group for group in GROUPS if group in groups)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -51,14 +117,14 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def takes_lora(module: nn.Module) -> bool:
-    """Whether LoRA can stand in for ``module``: nn.Linear, Conv1D or SparseLinear with the forward of that class.
+    """Whether LoRA can stand in for ``module``: nn.Linear, Conv1D, Conv2d or SparseLinear with that class's forward.
 
     A subclass with another forward computes something else, and a MultiheadAttention reads the weight of its
     ``out_proj`` without calling it.
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    kinds = (nn.Linear, Conv1D, SparseLinear)
+    kinds = (nn.Linear, Conv1D, nn.Conv2d, SparseLinear)
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
@@ -94,10 +160,31 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
             lora.append(name)
         elif attribute != "weight" or not takes_lora(module):
             shape = "x".join(map(str, model.get_parameter(param).shape))
-            not_covered.append(f"{param}: {type(module).__name__} [{shape}] is neither nn.Linear nor Conv1D")
+            not_covered.append(f"{param}: {type(module).__name__} [{shape}] is no nn.Linear, Conv1D or Conv2d")
         elif places[id(module.weight)] > 1:
             not_covered.append(f"{param}: the weight is shared between {places[id(module.weight)]} layers")
         else:
             lora.append(name)
     covered_head = (head,) if head is not None and takes_lora(modules[head]) else ()
-    return ParameterGroups(biases, norms, covered_head, tuple(lora), tuple(not_covered))
+    every = tuple(name for name, _ in model.named_parameters())
+    return ParameterGroups(biases, norms, covered_head, tuple(lora), tuple(not_covered), every)
+
+
+def trainable_parameters(model: nn.Module, groups: ParameterGroups, wanted: Sequence[str], rank: int) -> dict[str, int]:
+    """Parameters that train, for each of the groups ``wanted``; those of LoRA and of the head are the factors'.
+
+    The paper's "% trainable" is their sum over the parameters of the model. Nothing is wrapped or allocated, so the
+    model may be on the meta device.
+    """
+
+    def factors(names: tuple[str, ...]) -> int:
+        return rank * sum(sum(factor_sizes(model.get_submodule(name))) for name in names)
+
+    counted = {
+        "biases": lambda: sum(model.get_parameter(name).numel() for name in groups.biases),
+        "norms": lambda: sum(p.numel() for name in groups.norms for p in model.get_submodule(name).parameters()),
+        "head": lambda: factors(groups.head),
+        "lora": lambda: factors(groups.lora),
+        "full": lambda: sum(model.get_parameter(name).numel() for name in groups.full),
+    }
+    return {group: counted[group]() for group in wanted}

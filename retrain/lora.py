@@ -1,10 +1,9 @@
-"""LoRA under the mask of its layer, as a custom module of PEFT.
+"""LoRA of a dense layer that keeps the zeros of its mask, as custom modules of PEFT; lora_layer.py has the variants.
 
-    y = x (W + M ⊙ s·B A)ᵀ + b        mask_lora (PERP, section 3.2; kernels/masked_lora.py)
-    y = x Wᵀ + b + s (x Aᵀ) Bᵀ         the same layer where nothing is pruned (the output head)
-
-W [out, in] is frozen and zero where it is pruned, M [out, in] is its mask, A [rank, in] and B [out, rank]
-train. A merge therefore loses no zero.
+Where nothing is pruned (the output head) every variant is plain LoRA. Where whole outputs are pruned (``Rows``), B has
+the kept rows alone and is added to them alone, so all variants but "scale_lora" are plain LoRA on the smaller layer,
+and can be merged. A convolution's weight [n, c, d, d] is seen as the matrix [n, c·d²]. Source of both: PERP, Appendix
+A, "LoRA for convolutions and pruned layers".
 """
 
 from __future__ import annotations
@@ -13,169 +12,192 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trisparse.kernels.bitmask import apply_bits, pack_bits
-from trisparse.kernels.masked_lora import effective_weight, mask_lora
-from trisparse.sparsity.mask import MaskError, mask_of
-
-# Options of LoraConfig that change the formula, with the one value that this layer implements.
-_UNSUPPORTED: dict[str, Any] = {
-    "lora_dropout": 0.0,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "use_dora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "alora_invocation_tokens": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-}
+from trisparse.kernels.bitmask import apply_bits, pack_bits, unpack_bits
+from trisparse.kernels.masked_lora import effective_weight, mask_lora, scale_lora
+from trisparse.retrain.lora_layer import VariantLora
+from trisparse.sparsity.linear import SparseLinear
+from trisparse.sparsity.mask import Mask, MaskError, mask_of
+from trisparse.sparsity.pattern import Rows
 
 
-def _low_rank(x: Tensor, layer: nn.Module, down: Tensor, up: Tensor) -> Tensor:
-    """layer(x) + (x downᵀ) upᵀ; adds into the layer's own output (the head's is large)."""
-    rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = layer(rows)
-    with torch.autocast(x.device.type, enabled=False):
-        y = y.addmm_(rows.to(y.dtype) @ down.to(y.dtype).t(), up.to(y.dtype).t())
-    return y.view(*x.shape[:-1], -1)
+def kept_rows(mask: Mask | None) -> Tensor | None:
+    """Indices of the rows that a mask of whole rows keeps, or None for any other mask."""
+    if mask is None or not isinstance(mask.pattern, Rows):
+        return None
+    kept = mask.matrix().any(1).nonzero()[:, 0]
+    return kept if mask.kept == len(kept) * mask.cols else None
 
 
-class MaskLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
-    """LoRA of an ``nn.Linear`` or a transformers ``Conv1D`` that keeps the zeros of its mask.
+def factor_sizes(module: nn.Module) -> tuple[int, int]:
+    """Columns of A and rows of B of the LoRA on ``module``, a layer of any kind that takes one."""
+    if isinstance(module, SparseLinear):
+        return module.in_features, module.out_features
+    weight: Any = module.weight
+    outputs = weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0]
+    rows = kept_rows(mask_of(module))
+    return weight.numel() // outputs, outputs if rows is None else len(rows)
 
-    The mask is taken from the base layer, as packed bits in the layout of its weight, and is no part of the
-    ``state_dict``. Several active adapters add up under the one mask. Use it through
-    :func:`mask_lora_modules`.
+
+def fills_zeros(module: nn.Module) -> bool:
+    """Whether a merge of plain LoRA into ``module`` makes pruned weights non-zero; not where whole rows are pruned."""
+    mask = mask_of(module)
+    return mask is not None and (isinstance(module, SparseLinear) or kept_rows(mask) is None)
+
+
+class _DenseLora(VariantLora):
+    """What linears and convolutions share: the mask as packed bits in the layout of the stored weight, and merging.
+
+    The mask is no part of the ``state_dict``.
 
     Raises:
         ValueError: an option of PEFT's that this layer does not implement.
         MaskError: a pruned weight of the base layer is not zero.
     """
 
+    default_variant = "mask_lora"
     packed: Tensor | None
-    # PEFT is not typed, and nn.Module's __getattr__ would answer for it
-    lora_A: Any  # noqa: N815
-    lora_B: Any  # noqa: N815
-    scaling: dict[str, float]
-    merged_adapters: list[str]
-    active_adapters: list[str]
-    merged: bool
-    disable_adapters: bool
-    get_base_layer: Any
+    rows: Tensor | None
+    """Kept rows, int64, where whole rows are pruned; those of B."""
+    transposed: bool
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1,
-        **kwargs: Any,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        LoraLayer.__init__(self, base_layer, **kwargs)
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return factor_sizes(module)
+
+    def _read_mask(self, name: str) -> None:
         layer = self.get_base_layer()
         self.transposed = isinstance(layer, Conv1D)
         mask = mask_of(layer)
         packed = None
         if mask is not None:
-            keep = mask.dense(layer.weight.device).contiguous()
+            keep = mask.dense(layer.weight.device)
             if bool(((layer.weight != 0) & ~keep).any()):
-                raise MaskError(f"{kwargs.get('target_name', 'a layer')} has pruned weights that are not zero")
-            packed = pack_bits(keep)
+                raise MaskError(f"{name} has pruned weights that are not zero")
+            packed = pack_bits(keep.contiguous()) if self.transposed else mask.bits.to(layer.weight.device)
+        rows = kept_rows(mask)
         self.register_buffer("packed", packed, persistent=False)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self.register_buffer("rows", None if rows is None else rows.to(layer.weight.device), persistent=False)
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Add one adapter (PEFT's protocol)."""
-        for option, value in _UNSUPPORTED.items():
-            if (given := getattr(config, option, value)) != value and given:
-                raise ValueError(f"mask_lora does not implement {option}={given!r}; leave it at {value!r}")
-        if config.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                f"mask_lora does not implement init_lora_weights={config.init_lora_weights!r}; use True, False or "
-                "'gaussian' (the others change the frozen weight)"
-            )
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+    def _own_variant(self, variant: str) -> str:
+        if self.packed is None or (self.rows is not None and variant != "scale_lora"):
+            return "lora"
+        return variant
 
-    def _factors(self, adapters: list[str]) -> tuple[Tensor, Tensor]:
-        """A [ranks, in] and B [out, ranks] of the sum of ``adapters``, the scaling in B."""
-        downs = [self.lora_A[name].weight for name in adapters]
-        ups = [self.lora_B[name].weight * self.scaling[name] for name in adapters]
-        down = downs[0] if len(downs) == 1 else torch.cat(downs)
-        up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
-        return down, up
+    def _fills_zeros(self, variant: str) -> bool:
+        return variant == "lora" and self.packed is not None and self.rows is None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., in] -> [..., out]."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("mask_lora does not implement adapter_names (a batch with several adapters)")
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        adapters = [name for name in self.active_adapters if name in self.lora_A]
-        layer = self.get_base_layer()
-        if self.disable_adapters or self.merged or not adapters:
-            return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        down, up = self._factors(adapters)
-        if self.packed is None:
-            return _low_rank(x, layer, down, up)
-        return mask_lora(x, layer.weight, self.packed, down, up, layer.bias, transposed=self.transposed)
+    def _all_rows(self, up: Tensor) -> Tensor:
+        """B [out, rank], with zeros in pruned rows where it holds the kept ones alone."""
+        if self.rows is None:
+            return up
+        mask = mask_of(self.get_base_layer())
+        assert mask is not None
+        return up.new_zeros(mask.bits.shape[0], up.shape[1]).index_copy(0, self.rows, up)
 
-    def _stored(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """The factors of one adapter's update in the layout of the base weight."""
-        down, up = self._factors([adapter])
+    def _stored(self, down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The factors of the update, whose product is in the layout of the base weight's matrix."""
+        up = self._all_rows(up) * scale
         return (down.t(), up.t()) if self.transposed else (up, down)
 
-    @torch.no_grad()
-    def _add(self, adapter: str, sign: int) -> Tensor:
-        left, right = self._stored(adapter)
-        weight = self.get_base_layer().weight
+    def _original(self) -> Tensor:
+        weight: Tensor = self.get_base_layer().weight.detach() if self.unmerged is None else self.unmerged
+        return weight
+
+    _held = _original
+
+    def _merged(self, variant: str, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        left, right = self._stored(down, up, scale)
+        original = self._original()
+        weight = original.reshape(left.shape[0], -1)
         if self.packed is None:
             wide = torch.promote_types(weight.dtype, torch.float32)
-            return torch.addmm(weight.to(wide), sign * left.to(wide), right.to(wide)).to(weight.dtype)
-        return effective_weight(weight, self.packed, sign * left, right)
+            merged = torch.addmm(weight.to(wide), left.to(wide), right.to(wide)).to(weight.dtype)
+        else:
+            merged = effective_weight(weight, None if variant == "scale_lora" else self.packed, left, right)
+        return merged.view_as(original)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters (all active ones by default) to the base weight; every pruned weight stays exactly zero.
+    def _set_weight(self, weight: Tensor) -> None:
+        self.get_base_layer().weight.data = weight
 
-        Raises:
-            ValueError: with ``safe_merge``, a merged weight is not finite; the weight is as it was.
-        """
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.lora_A:
-                continue
-            merged = self._add(adapter, 1)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise ValueError(f"the merged weight is not finite; the adapter {adapter!r} is broken")
-            self.get_base_layer().weight.data.copy_(merged)
-            self.merged_adapters.append(adapter)
-
-    def unmerge(self) -> None:
-        """Subtract every merged adapter from the base weight."""
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            if adapter in self.lora_A:
-                self.get_base_layer().weight.data.copy_(self._add(adapter, -1))
-
-    @torch.no_grad()
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """M ⊙ s·B A of one adapter, in the layout of the base weight and the dtype of the adapter."""
-        left, right = self._stored(adapter)
+    def _delta(self, variant: str, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        left, right = self._stored(down, up, scale)
         delta = left @ right
-        return delta if self.packed is None else apply_bits(delta, self.packed)
+        if variant == "scale_lora":
+            delta = (delta - 1) * self._original().reshape(delta.shape).to(delta)
+        elif self.packed is not None and variant != "lora":
+            apply_bits(delta, self.packed)
+        return delta.view_as(self._original())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update is of low rank, which a masked one is not."""
-        return self.packed is None
+        """Whether the update is of low rank with factors of PEFT's shapes."""
+        return self.variant[adapter_name] == "lora" and self.rows is None
 
-    def __repr__(self) -> str:
-        return "trisparse." + super().__repr__()
+
+class MaskLoraLinear(_DenseLora):
+    """LoRA of an ``nn.Linear`` or a transformers ``Conv1D``; use it through :func:`mask_lora_modules`."""
+
+    def _adapted(self, x: Tensor, variant: str, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        layer = self.get_base_layer()
+        if variant == "scale_lora":
+            return scale_lora(x, layer.weight, down, self._all_rows(up), layer.bias, transposed=self.transposed)
+        if variant == "mask_lora":
+            assert self.packed is not None
+            return mask_lora(
+                x, layer.weight, self.packed, down, up, layer.bias, scale=scale, transposed=self.transposed
+            )
+        return _low_rank(x, layer, down, up, scale, self.rows)
+
+
+def _low_rank(x: Tensor, layer: nn.Module, down: Tensor, up: Tensor, scale: float, rows: Tensor | None) -> Tensor:
+    """layer(x) + s (x downᵀ) upᵀ, the latter in ``rows`` only.
+
+    It is added into the layer's own output, as that of the head is large.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    y: Tensor = layer(flat)
+    with torch.autocast(x.device.type, enabled=False):
+        hidden = flat.to(y.dtype) @ down.to(y.dtype).t()
+        up = up.to(y.dtype).t()
+        y = y.addmm_(hidden, up, alpha=scale) if rows is None else y.index_add_(1, rows, hidden @ up, alpha=scale)
+    return y.view(*x.shape[:-1], -1)
+
+
+class MaskLoraConv2d(_DenseLora):
+    """LoRA of an ``nn.Conv2d``; use it through :func:`mask_lora_modules`.
+
+    The two factors are convolutions: A with the kernel of the layer into ``rank`` channels, then B with 1x1.
+    Where the update is under the mask, the weight with its update is formed.
+    """
+
+    def _adapted(self, x: Tensor, variant: str, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        layer: nn.Conv2d = self.get_base_layer()
+        weight, groups = layer.weight, layer.groups
+        up = self._all_rows(up)
+        y: Tensor
+        if variant == "lora" or variant == "lora_prune":
+            # each group of the layer has its own inputs, and A is one matrix over those of any group
+            kernel = down.view(-1, *weight.shape[1:]).repeat(groups, 1, 1, 1)
+            hidden = layer._conv_forward(x, kernel.to(weight.dtype), None)
+            factor = (up * scale).to(weight.dtype)[:, :, None, None]
+            y = layer(x) + nn.functional.conv2d(hidden, factor, groups=groups)
+            return y
+        update = up @ down
+        if variant == "scale_lora":
+            effective = weight * update.view_as(weight)
+        else:
+            assert self.packed is not None
+            keep = unpack_bits(self.packed, update.shape[1])
+            effective = weight + (update * scale).masked_fill(~keep, 0).view_as(weight)
+        y = layer._conv_forward(x, effective.to(weight.dtype), layer.bias)
+        return y
 
 
 def mask_lora_modules(config: LoraConfig) -> LoraConfig:
-    """Make ``get_peft_model(model, config)`` use :class:`MaskLoraLinear` for every linear and Conv1D target."""
-    config._register_custom_module({nn.Linear: MaskLoraLinear, Conv1D: MaskLoraLinear})
+    """Make ``get_peft_model(model, config)`` keep the zeros of every linear, Conv1D and Conv2d among its targets.
+
+    The variant is "mask_lora"; :func:`trisparse.retrain.sparse_lora_config.sparse_lora_modules` takes another.
+    """
+    config._register_custom_module({nn.Linear: MaskLoraLinear, Conv1D: MaskLoraLinear, nn.Conv2d: MaskLoraConv2d})
     return config

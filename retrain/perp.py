@@ -1,8 +1,8 @@
 """PERP: parameter-efficient retraining after pruning (Zimmer et al.; section 3 and Appendix A).
 
-Biases, norms, a LoRA on the output head and a LoRA under the mask of every pruned linear train; all other
-weights are frozen and have neither gradient nor optimizer state. Afterwards everything is merged: the model
-has the architecture that it had before, and every pruned weight is still zero.
+Biases, norms, a LoRA on the output head and a LoRA on every pruned layer train; all other weights are frozen and have
+neither gradient nor optimizer state. Afterwards everything is merged: the model has the architecture that it had
+before, and every pruned weight is still zero. Full retraining with the masks held is there to compare with.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback
 
-from trisparse.retrain.adapters import is_tied, other_ties
+from trisparse.retrain.adapters import Adapted, is_tied, other_ties
 from trisparse.retrain.batch_settings import BatchSettings, batch_settings
 from trisparse.retrain.distillation import check_teacher
-from trisparse.retrain.groups import GROUPS, ParameterGroups, parameter_groups
+from trisparse.retrain.effective_sparsity import effective_sparsity
+from trisparse.retrain.groups import GROUPS, ParameterGroups, group_names, parameter_groups
 from trisparse.retrain.loop import random_state_kept
 from trisparse.retrain.loop_options import LEARNING_RATES, check_loop_options
+from trisparse.retrain.lora import fills_zeros
+from trisparse.retrain.lora_layer import VARIANTS, Variant
 from trisparse.retrain.lr_grid import choose_learning_rate
 from trisparse.retrain.processes import check_launcher, process_count
 from trisparse.retrain.report import RetrainReport
@@ -35,18 +38,22 @@ from trisparse.sparsity.mask import check_masks, masks
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.targets import is_peft_wrapped
 
-_VARIANTS = ("mask_lora",)
-
 
 @dataclass(frozen=True)
 class PERPConfig:
     """How to retrain. The batch, the accumulation, the warm-up and the weight decay are the paper's (Appendix A).
 
     Attributes:
-        groups: which of "biases", "norms", "head" and "lora" train.
-        variant: LoRA of the pruned layers; "mask_lora" is W + M ⊙ (s·BA).
+        groups: a preset, each of which holds those before it: "biases", "norms", "linear-probing", "perp", "full"; or
+            which of "biases", "norms", "head" and "lora" train, or "full". It is a tuple of groups afterwards.
+        variant: LoRA of the pruned layers: "lora", "lora_prune", "mask_lora" or "scale_lora"; lora_layer.py has the
+            formulas. The head's is plain LoRA, as it is not pruned.
         rank: rank of every LoRA.
-        alpha: the LoRAs' scaling is s = alpha / rank.
+        alpha: the LoRAs' scaling is s = alpha / rank; "scale_lora" has none.
+        targets: names of the pruned layers that get a LoRA, shell-style patterns such as "q_proj" or "model.layers.0";
+            None is all.
+        merge: whether the adapters are merged in the end. False leaves them on the model, under which it stays frozen;
+            ``report.peft_model`` saves them. The variant "lora" demands it, unless whole rows are pruned.
         learning_rate: AdamW's peak; "grid" tries ``learning_rates`` and takes the one of the lowest validation loss.
         learning_rates: of the grid; by default the paper's.
         grid_steps: steps of each of its short runs, with a warm-up and a decay of their own.
@@ -75,10 +82,12 @@ class PERPConfig:
         ValueError: names the field, its value and what is allowed.
     """
 
-    groups: Sequence[str] = GROUPS
-    variant: Literal["mask_lora"] = "mask_lora"
+    groups: str | Sequence[str] = "perp"
+    variant: Variant = "mask_lora"
     rank: int = 16
     alpha: float = 32
+    targets: str | Sequence[str] | None = None
+    merge: bool = True
     learning_rate: float | Literal["grid"] = 5e-4
     learning_rates: Sequence[float] = LEARNING_RATES
     grid_steps: int = 20
@@ -101,12 +110,20 @@ class PERPConfig:
     report_to: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups, str) or not self.groups or set(self.groups) - set(GROUPS):
-            raise ValueError(f"groups must be one or more of {', '.join(GROUPS)}, got {self.groups!r}")
-        # the order of GROUPS, each once
-        object.__setattr__(self, "groups", tuple(group for group in GROUPS if group in self.groups))
-        if self.variant not in _VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(_VARIANTS)}, got {self.variant!r}")
+        object.__setattr__(self, "groups", group_names(self.groups))
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        if not isinstance(self.merge, bool):
+            raise ValueError(f"merge must be True or False, got {self.merge!r}")
+        if self.targets is not None:
+            patterns = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+            if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"targets must be one or more patterns of names or None, got {self.targets!r}")
+            if "lora" not in self.groups:
+                raise ValueError(f"targets are of the group 'lora', which is not in groups={self.groups}")
+            object.__setattr__(self, "targets", patterns)
+        if not self.merge and "full" in self.groups:
+            raise ValueError("merge must be True for groups='full', which has no adapters, got False")
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
         number = not isinstance(self.alpha, bool) and isinstance(self.alpha, int | float) and math.isfinite(self.alpha)
@@ -135,8 +152,9 @@ def retrain(
 
     Whatever is wrong with the arguments raises before anything changes, and a failure or an interrupt while
     training leaves the model as it was, but for ``.grad``, which is cleared. Modes, flags and the config are put
-    back. A head that shares the input embedding gets a weight of its own when it is merged, as its LoRA changes
-    the head alone (``tie_word_embeddings`` is False from then on; the report says so).
+    back; with ``config.merge`` False the adapters stay on, and what is under them stays frozen. A head that shares the
+    input embedding gets a weight of its own when it is merged, as its LoRA changes the head alone
+    (``tie_word_embeddings`` is False from then on; the report says so).
 
     Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments and holds the whole
     model; they share the windows of a step among them (DDP), end with the same weights, and the first one writes the
@@ -185,7 +203,11 @@ def retrain(
         watch, memory, adapted, losses = run.train(
             config, chosen["learning_rate"], resume_from=resume_from, callbacks=(*callbacks, *mark)
         )
-        added = adapted.merge()
+        added = 0
+        if isinstance(adapted, Adapted) and not config.merge:
+            adapted.keep()
+        else:
+            added = adapted.merge()
     check_masks(model)
     return RetrainReport(
         steps=config.steps,
@@ -197,13 +219,16 @@ def retrain(
         peak_memory_bytes=memory.bytes,
         untied_head=added > 0,
         added_parameters=added,
+        missing=[group for group in config.groups if not getattr(groups, group)],
         not_covered=list(groups.not_covered) if "lora" in config.groups else [],
+        effective_sparsity=effective_sparsity(model).total if masks(model) else None,
         validation_loss=(losses[0], losses[1]) if held_out is not None else None,
         learning_rate=chosen["learning_rate"],
         grid=None if chosen["grid"] is None else dict(chosen["grid"]),
         batch=(batch.size, batch.accumulation, process_count()),
         resumed_at=watch.resumed_at,
         skipped_steps=watch.skipped,
+        peft_model=adapted.peft if isinstance(adapted, Adapted) and not config.merge else None,
     )
 
 
@@ -221,9 +246,21 @@ def parameter_groups_for(model: Any, config: PERPConfig) -> ParameterGroups:
         raise ValueError("model has no masks, and groups asks for 'lora': prune it first, or leave 'lora' out")
     check_masks(model)
     groups = parameter_groups(model)
+    if "full" in config.groups and _compressed_layers(model):
+        raise ValueError("groups asks for 'full', and model holds compressed layers: decompress() it first")
+    if "lora" in config.groups:
+        groups = groups.only(config.targets)
     if not any(getattr(groups, group) for group in config.groups):
         raise ValueError(f"model has nothing to train in groups={tuple(config.groups)}; it has {_present(groups)}")
-    untied = "head" in config.groups and groups.head and is_tied(model, groups.head[0])
+    merged = [name for group in ("lora", "head") if group in config.groups for name in getattr(groups, group)]
+    if config.variant == "lora" and config.merge:
+        full = next((name for name in merged if fills_zeros(model.get_submodule(name))), None)
+        if full is not None:
+            raise ValueError(
+                f"variant='lora' cannot be merged: it would fill the zeros of {full}. merge=False leaves the adapters "
+                "on the model; lora_prune, mask_lora and scale_lora can be merged"
+            )
+    untied = config.merge and "head" in config.groups and groups.head and is_tied(model, groups.head[0])
     if untied and (ties := other_ties(model, groups.head[0])):
         raise ValueError(
             f"groups asks for 'head', whose weight is the input embedding's, and untying it would untie "
@@ -243,7 +280,7 @@ def _compressed_layers(model: Any) -> list[SparseLinear]:
 
 
 def _present(groups: ParameterGroups) -> str:
-    return ", ".join(group for group in GROUPS if getattr(groups, group)) or "none of the groups"
+    return ", ".join(group for group in GROUPS[:-1] if getattr(groups, group)) or "none of the groups"
 
 
 def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:

@@ -7,12 +7,15 @@ import json
 import threading
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class PeakMemory:
@@ -66,13 +69,17 @@ class RetrainReport:
         peak_memory_bytes: peak while training; see :class:`PeakMemory`.
         untied_head: whether the head got a weight of its own, having shared the input embedding's.
         added_parameters: parameters that the model has more than before (the untied head).
+        missing: groups asked for that the model has nothing of.
         not_covered: pruned parameters that no LoRA reaches, with the reason.
+        effective_sparsity: of the pruned parameters, adapters that are not merged counted as kept
+            (:func:`trisparse.retrain.effective_sparsity.effective_sparsity`); None without masks.
         validation_loss: loss on the validation data before and after, if any was given.
         learning_rate: the peak.
         grid: validation loss of each learning rate that was tried, None where it diverged; None without a grid.
         batch: windows per forward, forwards per step, processes.
         resumed_at: step of the checkpoint that this run went on from; ``seconds`` are those of the steps after it.
         skipped_steps: steps whose fp16 gradients overflowed, which changed nothing.
+        peft_model: the model under its adapters, where they were not merged; in no dict and no JSON.
     """
 
     steps: int
@@ -85,12 +92,15 @@ class RetrainReport:
     untied_head: bool
     added_parameters: int
     not_covered: list[str]
+    missing: list[str] = field(default_factory=list)
+    effective_sparsity: float | None = None
     validation_loss: tuple[float, float] | None = None
     learning_rate: float | None = None
     grid: dict[float, float | None] | None = None
     batch: tuple[int, int, int] | None = None
     resumed_at: int = 0
     skipped_steps: int = 0
+    peft_model: PeftModel | None = field(default=None, repr=False, compare=False)
 
     @property
     def tokens_per_second(self) -> float:
@@ -114,7 +124,8 @@ class RetrainReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Every attribute and property, as plain Python values."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, peft_model=None))  # asdict copies deeply
+        del values["peft_model"]
         for name in ("tokens_per_second", "trainable_share", "first_loss", "last_loss"):
             values[name] = getattr(self, name)
         if self.validation_loss is not None:
@@ -150,6 +161,10 @@ class RetrainReport:
         table.add_row("peak memory", f"{self.peak_memory_bytes / 2**20:,.0f} MiB")
         if self.untied_head:
             table.add_row("head", f"untied from the input embedding, +{self.added_parameters:,} parameters")
+        if self.missing:
+            table.add_row("missing", f"{', '.join(self.missing)}: the model has none")
+        if self.effective_sparsity is not None:
+            table.add_row("effective sparsity", f"{self.effective_sparsity:.2%}")
         for line in self.not_covered:
             table.add_row("not covered", line)
         console = Console(width=110, color_system=None)

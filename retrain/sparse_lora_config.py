@@ -1,4 +1,4 @@
-"""LoRA for a model with compressed layers: its config, which remembers the variant, and adapters back from a folder.
+"""LoRA for a pruned model, compressed or not: its config, which remembers the variant, and adapters back from a folder.
 
 config = sparse_lora_modules(LoraConfig(r=16, target_modules=["q_proj", "v_proj"]), "lora")
 model = get_peft_model(compressed, config)
@@ -12,27 +12,23 @@ import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from trisparse.retrain.lora import MaskLoraLinear
-from trisparse.retrain.sparse_lora import VARIANTS, SparseLoraLinear
+from trisparse.retrain.lora import mask_lora_modules
+from trisparse.retrain.lora_layer import VARIANTS, Variant
+from trisparse.retrain.sparse_lora import SparseLoraLinear
 from trisparse.sparsity.linear import SparseLinear
-from trisparse.sparsity.mask import mask_of
-
-Variant = Literal["lora", "lora_prune", "mask_lora", "scale_lora"]
 
 
 @dataclass
 class SparseLoraConfig(LoraConfig):  # type: ignore[misc]
-    """PEFT's LoraConfig for a model with compressed layers; ``variant`` is saved in ``adapter_config.json``.
+    """PEFT's LoraConfig for a pruned model; ``variant`` is saved in ``adapter_config.json``.
 
-    Compressed layers get a :class:`SparseLoraLinear`. Of the others, with "mask_lora" every linear gets a
-    ``MaskLoraLinear``; with another variant a linear without a mask gets PEFT's own LoRA, and one with a mask is
-    refused.
+    Compressed layers get a :class:`SparseLoraLinear`, other linears and convolutions a layer of lora.py; where nothing
+    is pruned, that is plain LoRA.
 
     Raises:
         ValueError: an unknown variant, or "all-linear", which PEFT expands to dense layers alone.
@@ -46,7 +42,8 @@ class SparseLoraConfig(LoraConfig):  # type: ignore[misc]
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             raise ValueError("target_modules='all-linear' does not see compressed layers: name them, as in ['q_proj']")
         super().__post_init__()
-        self._register_custom_module({SparseLinear: SparseLoraLinear, nn.Linear: _dense_layer, Conv1D: _dense_layer})
+        mask_lora_modules(self)
+        self._register_custom_module({SparseLinear: SparseLoraLinear})
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> SparseLoraConfig:
@@ -63,20 +60,8 @@ class SparseLoraConfig(LoraConfig):  # type: ignore[misc]
         return cls(**{name: value for name, value in kwargs.items() if name in known})
 
 
-def _dense_layer(target: nn.Module, adapter_name: str, config: SparseLoraConfig, **kwargs: Any) -> nn.Module | None:
-    """The adapter of a layer that is not compressed, or None for PEFT's own."""
-    if config.variant == "mask_lora":
-        return MaskLoraLinear(target, adapter_name, config=config, **kwargs)
-    if mask_of(target) is not None:
-        raise ValueError(
-            f"{kwargs.get('target_name', 'a layer')} is pruned and not compressed, and {config.variant} is for "
-            "compressed layers: leave it out of target_modules, or use mask_lora"
-        )
-    return None
-
-
 def sparse_lora_modules(config: LoraConfig, variant: Variant = "mask_lora") -> SparseLoraConfig:
-    """A config for ``get_peft_model(model, ...)`` with the options of ``config``, for compressed and other linears."""
+    """A config for ``get_peft_model(model, ...)`` with the options of ``config``, for compressed and other layers."""
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
     return SparseLoraConfig(**{**options, "variant": variant})
 

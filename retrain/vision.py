@@ -20,9 +20,12 @@ from transformers import set_seed
 from trisparse.retrain.batchnorm import batch_norms, recalibrate
 from trisparse.retrain.images import LabelledBatches, batches_of, check_labels, labels_of
 from trisparse.retrain.loop import RetrainError, Watch, autocast, random_state_kept
+from trisparse.retrain.lora import fills_zeros
+from trisparse.retrain.lora_layer import VARIANTS, Variant
 from trisparse.retrain.schedule import Linear, Schedule
 from trisparse.retrain.vision_groups import GROUPS, PRESETS, VisionGroups, logits_of, vision_groups
 from trisparse.retrain.vision_loop import train
+from trisparse.retrain.vision_lora import LayerAdapters
 from trisparse.retrain.vision_report import VisionReport
 from trisparse.sparsity.mask import HoldsMask, check_masks
 from trisparse.sparsity.modes import evaluating
@@ -37,9 +40,13 @@ class VisionConfig:
 
     Attributes:
         groups: a preset, each of which holds those before it: "bn-recalibrate" (no gradient at all), "biases",
-            "norms", "linear-probing", "full"; or which of "biases", "norms", "head" and "full" train.
+            "norms", "linear-probing", "perp", "full"; or which of "biases", "norms", "head", "lora" and "full" train.
         schedule: the learning rate; the paper takes :class:`trisparse.retrain.schedule.ALLR`, which has to know the
             original training and what pruning changed. The default falls from the paper's 0.1 to 0.
+        variant: LoRA of the pruned layers but the head: "lora_prune", "mask_lora" or "scale_lora", or "lora" where
+            whole filters are pruned; retrain/lora_layer.py has the formulas. All are merged in the end.
+        rank: rank of every LoRA; the paper's are 1, 2, 5 and 10.
+        alpha: the LoRAs' scaling is s = alpha / rank; "scale_lora" has none.
         epochs: over the data; 1 and 5 in the paper.
         batch_size: images; of data that comes in batches, theirs holds.
         momentum: SGD's.
@@ -57,6 +64,9 @@ class VisionConfig:
 
     groups: str | Sequence[str] = "norms"
     schedule: Schedule = Linear(0.1, warmup_ratio=0.0)  # noqa: RUF009 (frozen)
+    variant: Variant = "mask_lora"
+    rank: int = 10
+    alpha: float = 10.0
     epochs: int = 1
     batch_size: int = 256
     momentum: float = 0.9
@@ -83,18 +93,22 @@ class VisionConfig:
             object.__setattr__(self, "groups", tuple(group for group in GROUPS if group in self.groups))
         if not isinstance(self.schedule, Schedule):
             raise ValueError(f"schedule must be a Schedule such as Linear(0.1), got {self.schedule!r}")
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("num_workers", 0)):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        for name, least in (("rank", 1), ("epochs", 1), ("batch_size", 1), ("seed", 0), ("num_workers", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         planned = getattr(self.schedule, "epochs", self.epochs)
         if planned != self.epochs:
             raise ValueError(f"epochs must be those of the schedule, {planned}, got {self.epochs}")
-        for name in ("momentum", "weight_decay", "max_grad_norm"):
+        for name in ("alpha", "momentum", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
             if not number or value < 0:
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        if not self.alpha:
+            raise ValueError(f"alpha must be above 0, got {self.alpha!r}")
         if self.momentum >= 1:
             raise ValueError(f"momentum must be below 1, got {self.momentum!r}")
         if self.nesterov and not self.momentum:
@@ -137,6 +151,11 @@ def retrain_vision(
         raise ValueError("groups='bn-recalibrate' needs a batch norm with running statistics, the model has none")
     with random_state_kept(), autocast(_device(model), _autocast_dtype(config)):
         groups = vision_groups(model, _names(config), next(batches.images()))
+    if config.variant == "lora" and (full := [name for name in groups.lora if fills_zeros(model.get_submodule(name))]):
+        raise ValueError(
+            f"variant='lora' cannot be merged: it would fill the zeros of {full[0]}; take lora_prune, mask_lora or "
+            "scale_lora"
+        )
     for part, labelled in ((data, batches), (validation, held_out)):
         if labelled is None:
             continue
@@ -152,28 +171,36 @@ def retrain_vision(
         set_seed(config.seed)
         if held_out is not None:
             accuracies.append(_accuracy(model, held_out, config))
-        if steps:
-            with watch:
-                train(model, groups, batches, config, watch, steps=steps, dtype=_autocast_dtype(config))
-        recalibrated = 0
-        if config.recalibrate and norms:
-            with autocast(_device(model), _autocast_dtype(config)):
-                recalibrated = recalibrate(model, batches.images())
-        _check_finite(model, groups, steps)
-        if held_out is not None:
-            accuracies.append(_accuracy(model, held_out, config))
-        check_masks(model)
+        trained = groups.parameters(model)
+        with LayerAdapters(model, groups.lora, config.variant, config.rank, config.alpha) as adapters:
+            trained.update(adapters.parameters)
+            if steps:
+                with watch:
+                    train(model, trained, batches, config, watch, steps=steps, dtype=_autocast_dtype(config))
+            adapters.merge()
+            recalibrated = 0
+            if config.recalibrate and norms:
+                with autocast(_device(model), _autocast_dtype(config)):
+                    recalibrated = recalibrate(model, batches.images())
+            _check_finite(model, groups, steps)
+            if held_out is not None:
+                accuracies.append(_accuracy(model, held_out, config))
+            check_masks(model)
+    trainable = {
+        group: sum(model.get_parameter(name).numel() for name in names) for group, names in groups.trained.items()
+    }
+    if "lora" in trainable:
+        trainable["lora"] = sum(factor.numel() for factor in adapters.parameters.values())
     return VisionReport(
         steps=steps,
         epochs=config.epochs if steps else 0,
         seconds=watch.seconds,
-        trainable={
-            group: sum(model.get_parameter(name).numel() for name in names) for group, names in groups.trained.items()
-        },
+        trainable=trainable,
         total_parameters=sum(param.numel() for param in model.parameters()),
         losses=watch.losses,
         recalibrated=recalibrated,
         missing=list(groups.missing),
+        not_covered=list(groups.not_covered),
         accuracy=(accuracies[0], accuracies[1]) if held_out is not None else None,
     )
 

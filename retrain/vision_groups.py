@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trisparse.retrain.groups import is_norm
+from trisparse.retrain.groups import is_norm, parameter_groups
 from trisparse.sparsity.modes import evaluating
 
-GROUPS = ("biases", "norms", "head", "full")
+GROUPS = ("biases", "norms", "head", "lora", "full")
 
 # Each holds those before it, as in the paper, where updating the norms updates the biases, too.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -19,6 +19,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "biases": ("biases",),
     "norms": ("biases", "norms"),
     "linear-probing": ("biases", "norms", "head"),
+    "perp": ("biases", "norms", "head", "lora"),
     "full": ("full",),
 }
 
@@ -30,16 +31,20 @@ class VisionGroups:
     """Names of the parameters that train, each under the first of the groups asked for that holds it.
 
     Attributes:
-        trained: parameter names by group.
+        trained: parameter names by group; none under "lora", whose parameters come with the adapters.
         missing: groups of a preset that the model has nothing of.
         head: name of the classifier, or None.
         classes: how many logits it gives.
+        lora: names of the layers that get a LoRA, if "lora" is asked for: the pruned ones but the head.
+        not_covered: pruned parameters that no LoRA reaches then, with the reason.
     """
 
     trained: dict[str, tuple[str, ...]]
     missing: tuple[str, ...]
     head: str | None
     classes: int
+    lora: tuple[str, ...] = ()
+    not_covered: tuple[str, ...] = ()
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What trains, by name."""
@@ -67,13 +72,16 @@ def vision_groups(model: nn.Module, groups: str | tuple[str, ...], images: Tenso
         "biases": [n for n in every if n not in in_norms and (n.split(".")[-1] == "bias" or n.endswith("_bias"))],
         "norms": [n for n in every if n in in_norms],
         "head": [] if head is None else [n for n in every if n in _inside(head, model.get_submodule(head))],
+        "lora": [],
         "full": every,
     }
+    pruned = parameter_groups(model)
+    lora = tuple(name for name in pruned.lora if name != head)
     preset = isinstance(groups, str)
     wanted = PRESETS[groups] if isinstance(groups, str) else groups
-    missing = tuple(group for group in wanted if not members[group])
+    missing = tuple(group for group in wanted if not (lora if group == "lora" else members[group]))
     if missing and (not preset or wanted[-1] in missing):
-        has = ", ".join(group for group in GROUPS if members[group])
+        has = ", ".join(group for group in GROUPS if (lora if group == "lora" else members[group]))
         raise ValueError(f"groups asks for {', '.join(missing)}, which the model has nothing of; it has {has}")
     trained: dict[str, tuple[str, ...]] = {}
     taken: set[str] = set()
@@ -81,7 +89,9 @@ def vision_groups(model: nn.Module, groups: str | tuple[str, ...], images: Tenso
         if group not in missing:
             trained[group] = tuple(name for name in members[group] if name not in taken)
             taken.update(trained[group])
-    return VisionGroups(trained, missing, head, classes)
+    if "lora" not in trained:
+        return VisionGroups(trained, missing, head, classes)
+    return VisionGroups(trained, missing, head, classes, lora, pruned.not_covered)
 
 
 def classifier(model: nn.Module, images: Tensor) -> tuple[str | None, int]:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from trisparse.retrain.images import LabelledBatches
 from trisparse.retrain.loop import Watch, autocast
 from trisparse.retrain.schedule import lr_lambda
-from trisparse.retrain.vision_groups import VisionGroups, logits_of
+from trisparse.retrain.vision_groups import logits_of
 from trisparse.sparsity.mask import masks
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class _Trainer(Trainer):
 
 def train(
     model: nn.Module,
-    groups: VisionGroups,
+    trained: dict[str, nn.Parameter],
     batches: LabelledBatches,
     config: VisionConfig,
     watch: Watch,
@@ -51,12 +51,11 @@ def train(
     steps: int,
     dtype: torch.dtype | None,
 ) -> None:
-    """Train the parameters of ``groups`` for ``steps`` updates.
+    """Train the parameters ``trained``, by name, for ``steps`` updates.
 
     Everything else has neither gradient nor optimizer state. The batch norms use the statistics of the batch and keep
     running ones, whatever trains. ``requires_grad`` and modes are left as training needs them.
     """
-    trained = groups.parameters(model)
     for param in model.parameters():
         param.requires_grad_(False)
     for param in trained.values():

@@ -24,6 +24,7 @@ class VisionReport:
         losses: training loss of each step, before that step's update.
         recalibrated: batch norms whose statistics were measured anew.
         missing: groups of the preset that the model has nothing of.
+        not_covered: pruned parameters that no LoRA reaches, where "lora" trains, with the reason.
         accuracy: top-1 on the validation data before and after, if any was given.
     """
 
@@ -36,6 +37,7 @@ class VisionReport:
     recalibrated: int
     missing: list[str]
     accuracy: tuple[float, float] | None = None
+    not_covered: list[str] = field(default_factory=list)
 
     @property
     def trainable_share(self) -> float:

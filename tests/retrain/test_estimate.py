@@ -109,7 +109,16 @@ def test_counts_are_those_of_the_run(build, tokens, quick):
     config = quick(learning_rate="grid", learning_rates=(1e-3, 1e-2), grid_steps=2, gradient_accumulation=2)
     plan = retraining_plan(model, config)
     report = retrain(model, tokens, config, validation=tokens, progress=False)
-    for name in ("trainable", "total_parameters", "not_covered", "steps", "batch", "tokens", "trainable_share"):
+    for name in (
+        "trainable",
+        "total_parameters",
+        "missing",
+        "not_covered",
+        "steps",
+        "batch",
+        "tokens",
+        "trainable_share",
+    ):
         assert getattr(plan, name) == getattr(report, name), name
     assert plan.grid_steps == 4
     values = json.loads(json.dumps(plan.to_dict()))

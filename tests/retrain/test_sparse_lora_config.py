@@ -85,10 +85,11 @@ def test_layers_that_stay_dense(lora):
     kinds = [type(layer) for layer in peft.base_model.model]
     assert kinds == [SparseLoraLinear, MaskLoraLinear, MaskLoraLinear]
     peft.merge_and_unload()
-    with pytest.raises(ValueError, match=r"1 is pruned and not compressed.*mask_lora"):
-        get_peft_model(model(), lora.config("scale_lora", targets=["0", "1"]))
-    peft = get_peft_model(model(), lora.config("lora", targets=["0", "2"]))
-    assert type(peft.base_model.model[2]).__module__.startswith("peft.")
+    peft = get_peft_model(model(), lora.config("scale_lora", targets=["0", "1", "2"]))
+    layers = peft.base_model.model
+    assert [type(layer) for layer in layers] == kinds
+    # nothing is pruned in the last one, where every variant is plain LoRA
+    assert [layer.variant["default"] for layer in layers] == ["scale_lora", "scale_lora", "lora"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_only_the_group_changes(pruned, digits, preset):
         "biases": {"classifier.1.bias"},
         "norms": {"classifier.1.bias", *(name for name in names if "normalization" in name)},
         "linear-probing": {*(name for name in names if "normalization" in name or "classifier" in name)},
+        "perp": set(names),
         "full": set(names),
     }[preset]
     assert changed == expected

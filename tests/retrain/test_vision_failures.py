@@ -145,9 +145,9 @@ def test_wrong_labels_are_refused_before_anything_runs(labels, match):
     [
         (
             {"groups": "norm"},
-            "groups must be one of bn-recalibrate, biases, norms, linear-probing, full, or a seq.*'norm'",
+            "groups must be one of bn-recalibrate, biases, norms, linear-probing, perp, full, or a seq.*'norm'",
         ),
-        ({"groups": ("lora",)}, r"groups must be one or more of biases, norms, head, full, got \('lora',\)"),
+        ({"groups": ("bias",)}, r"groups must be one or more of biases, norms, head, lora, full, got \('bias',\)"),
         ({"groups": ()}, "groups"),
         ({"groups": ("full", "head")}, "groups must be 'full' alone"),
         ({"groups": "bn-recalibrate", "recalibrate": False}, "recalibrate must be True"),

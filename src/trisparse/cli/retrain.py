@@ -37,10 +37,17 @@ def retrain(
     ] = None,
     config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would train, memory and steps; stop.")] = False,
-    groups: Annotated[str | None, typer.Option(help="What trains, with commas: biases,norms,head,lora.")] = None,
-    variant: Annotated[str | None, typer.Option(help="LoRA of the pruned layers, such as mask_lora.")] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="perp, linear-probing, norms, biases, full; or with commas: biases,norms,head,lora."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="mask_lora, scale_lora, lora_prune, lora.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA adapters.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scaling of the LoRA adapters is alpha / rank.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Layers that get a LoRA: shell patterns, with commas.")] = None,
+    merge: Annotated[
+        bool | None, typer.Option("--merge/--no-merge", help="Merge the adapters, or save them alone (PEFT's folder).")
+    ] = None,
     learning_rate: Annotated[str | None, typer.Option(help="Peak of AdamW's, or 'grid': tries several.")] = None,
     learning_rates: Annotated[str | None, typer.Option(help="The grid, with commas.")] = None,
     grid_steps: Annotated[int | None, typer.Option(help="Steps with each rate of the grid.")] = None,
@@ -79,6 +86,7 @@ def retrain(
 
     from trisparse.cli.config_file import read_settings
     from trisparse.retrain.estimate import retraining_plan
+    from trisparse.retrain.groups import PRESETS
     from trisparse.retrain.perp import PERPConfig
     from trisparse.retrain.perp import retrain as perp
     from trisparse.retrain.processes import check_launcher, is_main_process, leave, local_device
@@ -88,10 +96,12 @@ def retrain(
 
     rates = _words(learning_rates)
     given: dict[str, Any] = {
-        "groups": _words(groups),
+        "groups": groups if groups in PRESETS else _words(groups),
         "variant": variant,
         "rank": rank,
         "alpha": alpha,
+        "targets": _words(targets),
+        "merge": merge,
         "learning_rate": _rate(learning_rate),
         "learning_rates": None if rates is None else tuple(_rate(rate) for rate in rates),
         "grid_steps": grid_steps,
@@ -141,6 +151,9 @@ def retrain(
     record = {"step": "retrain", "data": data, "validation": validation, "teacher": teacher, **used, **step}
     if is_main_process():
         assert out is not None
-        save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, record])
+        if report.peft_model is None:
+            save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, record])
+        else:
+            report.peft_model.save_pretrained(str(out))
         show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
     leave()
