@@ -21,8 +21,9 @@ from torch import Tensor
 
 from trisparse.bench.smollm2 import load_smollm2
 from trisparse.env import environment
+from trisparse.retrain.batch_settings import batch_settings
 from trisparse.retrain.groups import PRESETS, parameter_groups
-from trisparse.retrain.perp import PERPConfig, retrain
+from trisparse.retrain.perp import PERPConfig, parameter_count, retrain
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.perplexity import perplexity
 from trisparse.sparsity.sparsify import sparsify
@@ -84,15 +85,15 @@ def run(options: argparse.Namespace, on_row: Callable[[dict[str, Any]], None]) -
     config = PERPConfig(
         steps=options.steps,
         seq_len=options.seq_len,
-        batch_size=2,
         gradient_accumulation=1,
         learning_rate=options.learning_rate,
         variant=options.variant,
         rank=options.rank,
         alpha=options.alpha,
     )
+    batch = batch_settings(config, parameter_count(model))
     cut = {"tokenizer": tokenizer, "seq_len": options.seq_len}
-    train = token_windows(pydoc_text("train"), samples=2 * config.steps, **cut)
+    train = token_windows(pydoc_text("train"), samples=config.steps * batch.windows, **cut)
     test = token_windows(pydoc_text("test"), samples=options.test, **cut)
     rows = []
     for row in measure(model, train, test, config):

@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -67,23 +66,19 @@ def usual_step(model: Any, *, checkpointing: bool) -> Step:
 
 def perp_step(model: Any, groups: tuple[str, ...], variant: str, *, checkpointing: bool) -> Step:
     """A step of ours: the adapters and the loss of ``retrain``."""
-    config = PERPConfig(groups, variant, merge=False, steps=1)  # type: ignore[arg-type]
+    batch, seq_len = 2, 512
+    config = PERPConfig(groups, variant, merge=False, steps=1, batch_size=batch, seq_len=seq_len, dtype="fp32")  # type: ignore[arg-type]
     adapted = Adapted(model, parameter_groups(model), groups, config.rank, config.alpha, config.variant)
     adapted.switch_cache_off()
     module = adapted.module.train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = trainer_for(  # for its loss: the batches come from `step`
-            module,
-            torch.zeros(1, 2).long(),
-            config,
-            Watch(1, progress=False),
-            batch=BatchSettings(1, 1),
-            learning_rate=1e-5,
-            folder=folder,
-            dtype=None,
-        )
+        watch = Watch(1, progress=False)
+        trainer: Any = trainer_for(
+            module, torch.zeros(batch, seq_len).long(), config, watch, batch=BatchSettings(batch, 1),
+            learning_rate=1e-5, folder=folder, dtype=None,
+        )  # fmt: skip
     trained = [param for param in module.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
 
@@ -186,14 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     windows = torch.randint(0, vocabulary, (4, options.batch, options.seq_len), generator=generator)
     result: dict[str, Any] = {"batch": options.batch, "seq_len": options.seq_len, "rounds": options.rounds}
     if not options.no_speed:
-        total = options.rounds + 1
-        result["speed"] = speeds(
-            model,
-            names,
-            windows,
-            options.rounds,
-            lambda number: print(f"round {number + 1} of {total}", file=sys.stderr),
-        )
+        result["speed"] = speeds(model, names, windows, options.rounds)
     if not options.no_memory:
         result["memory"] = memory(model, names, windows)
     result["environment"] = environment()

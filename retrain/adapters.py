@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from trisparse.retrain.full import FullWeights
 from trisparse.retrain.groups import ParameterGroups, trainable_parameters
 from trisparse.retrain.lora_layer import Variant, VariantLora
 from trisparse.retrain.model_state import ModelState
@@ -19,7 +18,7 @@ from trisparse.retrain.sparse_lora_config import sparse_lora_modules
 from trisparse.sparsity.interrupt import interrupt_after
 
 if TYPE_CHECKING:
-    from trisparse.retrain.perp import PERPConfig
+    pass
 
 
 def is_tied(model: Any, head: str) -> bool:
@@ -47,13 +46,6 @@ def _untie(model: Any, head: str, layer: nn.Module) -> int:
         key: source for key, source in model.all_tied_weights_keys.items() if own not in (key, source)
     }
     return weight.numel()
-
-
-def adapt(model: Any, groups: ParameterGroups, config: PERPConfig) -> Adapted | FullWeights:
-    """``model``, ready to train what ``config`` asks for."""
-    if "full" in config.groups:
-        return FullWeights(model, config.output_dir)
-    return Adapted(model, groups, tuple(config.groups), config.rank, config.alpha, config.variant)
 
 
 class Adapted:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trisparse.retrain.adapters import adapt
 from trisparse.retrain.batch_settings import BatchSettings, batch_settings
 from trisparse.retrain.distillation import check_teacher
 from trisparse.retrain.loop import autocast, random_state_kept, with_labels
 from trisparse.retrain.perp import PERPConfig, autocast_dtype, check_length, parameter_count, parameter_groups_for
 from trisparse.retrain.processes import process_count
+from trisparse.retrain.run import adapted_for
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class RetrainingPlan:
     Attributes:
         trainable: parameters that train, per group.
         total_parameters: of the model, pruned ones included, a shared one once.
+        missing: groups asked for that the model has nothing of.
         not_covered: pruned parameters that no LoRA reaches, with the reason.
         steps: optimizer steps.
         grid_steps: steps of the short runs for the learning rate, over all rates.
@@ -69,6 +70,7 @@ class RetrainingPlan:
 
     trainable: dict[str, int]
     total_parameters: int
+    missing: list[str]
     not_covered: list[str]
     steps: int
     grid_steps: int
@@ -99,6 +101,8 @@ class RetrainingPlan:
         for group, count in self.trainable.items():
             table.add_row(group, f"{count:,} parameters, {count / self.total_parameters:.3%}")
         table.add_row("trained", f"{self.trainable_share:.3%} of {self.total_parameters:,}")
+        if self.missing:
+            table.add_row("missing", f"{', '.join(self.missing)}: the model has none")
         for line in self.not_covered:
             table.add_row("not covered", line)
         table.add_row("batch", "{} x {} accumulated x {} processes".format(*self.batch))
@@ -134,15 +138,16 @@ def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None) -> R
     total = parameter_count(model)
     batch = batch_settings(config, total)
     with random_state_kept():
-        adapted = adapt(model, groups, config)
+        adapted = adapted_for(model, groups, config)
         try:
             adapted.switch_cache_off()
-            memory = _memory(adapted.module, config, batch, dtype, teacher)
+            memory = _memory(adapted.module, model, config, batch, dtype, teacher)
         finally:
             adapted.discard()
     return RetrainingPlan(
         trainable=adapted.trainable,
         total_parameters=total,
+        missing=[group for group in config.groups if not getattr(groups, group)],
         not_covered=list(groups.not_covered) if "lora" in config.groups else [],
         steps=config.steps,
         grid_steps=config.grid_steps * len(config.learning_rates) if config.learning_rate == "grid" else 0,
@@ -153,18 +158,17 @@ def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None) -> R
 
 
 def _memory(
-    model: Any, config: PERPConfig, batch: BatchSettings, dtype: torch.dtype | None, teacher: Any
+    model: nn.Module, bare: Any, config: PERPConfig, batch: BatchSettings, dtype: torch.dtype | None, teacher: Any
 ) -> MemoryEstimate:
     trained = sum(param.numel() * param.element_size() for param in model.parameters() if param.requires_grad)
-    logits = 4 * batch.size * config.seq_len * model.get_input_embeddings().weight.shape[0]
+    logits = 4 * batch.size * config.seq_len * bare.get_input_embeddings().weight.shape[0]
     kept = _kept_bytes(model, batch.size, config.seq_len, dtype)
     of_loss = (2 if teacher is None else 5) * logits
     activations = kept + of_loss
     if config.gradient_checkpointing:
         blocks = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
-        was_on = bool(getattr(model, "is_activation_checkpointing", False))
-        if not was_on:
-            model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        if not bare.is_activation_checkpointing:
+            bare.activation_checkpointing_enable({"use_reentrant": False})
         inputs = _kept_bytes(model, batch.size, config.seq_len, dtype)
         activations = inputs + max(of_loss, (kept - inputs) / max(blocks, 1) - logits)
     return MemoryEstimate(

@@ -12,16 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from trisparse.retrain.adapters import Adapted, adapt
+from trisparse.retrain.adapters import Adapted
 from trisparse.retrain.batch_settings import BatchSettings
 from trisparse.retrain.full import FullWeights
 from trisparse.retrain.groups import ParameterGroups
 from trisparse.retrain.guard import MaskGuard
 from trisparse.retrain.loop import RetrainError, Watch, mean_loss, trainer_for
 from trisparse.retrain.report import PeakMemory
+from trisparse.sparsity.mask import check_masks
 
 if TYPE_CHECKING:
     from trisparse.retrain.perp import PERPConfig
+
+
+def adapted_for(model: Any, groups: ParameterGroups, config: PERPConfig) -> Adapted | FullWeights:
+    """``model`` made ready to train ``config.groups``."""
+    if "full" in config.groups:
+        return FullWeights(model, config.output_dir)
+    return Adapted(model, groups, tuple(config.groups), config.rank, config.alpha, config.variant)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Run:
     ) -> tuple[Watch, PeakMemory, Adapted | FullWeights, list[float]]:
         """Adapters on the model, trained; and the validation losses, if any. A failure leaves the model as it was."""
         set_seed(config.seed)
-        adapted = adapt(self.model, self.groups, config)
+        adapted = adapted_for(self.model, self.groups, config)
         watch = Watch(
             config.steps,
             progress=self.progress,
@@ -76,6 +84,7 @@ class Run:
                 trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
             if broken := adapted.first_not_finite():
                 raise RetrainError(f"{broken} is not finite after step {config.steps}; the model is as it was before")
+            check_masks(self.model)
             if config.merge:
                 adapted.as_merged()
             losses += self._loss(adapted)
@@ -94,4 +103,6 @@ class Run:
         return losses[-1]
 
     def _loss(self, adapted: Adapted | FullWeights) -> list[float]:
-        return [] if self.held_out is None else [mean_loss(adapted.module, self.held_out, self.batch.size, self.dtype)]
+        if self.held_out is None:
+            return []
+        return [mean_loss(adapted.module, self.held_out, self.batch.size, self.dtype)]

@@ -16,6 +16,7 @@ from trisparse.cli.config_file import read_settings
 from trisparse.cli.retrain import retrain
 from trisparse.retrain.perp import PERPConfig
 from trisparse.retrain.run_folder import checkpoints
+from trisparse.retrain.sparse_lora_config import load_adapters
 from trisparse.sparsity.checkpoint import load, read_info, save
 from trisparse.sparsity.mask import check_masks
 from trisparse.sparsity.sparsify import sparsify
@@ -87,6 +88,18 @@ def test_dry_run_reads_no_data_and_writes_nothing(folder, tmp_path):
     assert "on each device, estimated" in shown
     assert "norms" in shown
     assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_a_preset_and_adapters_that_stay(folder, tmp_path):
+    short = ["--steps", 2, "--batch-size", 2, "--seq-len", 32, "--data", folder / "text.txt", "--json"]
+    full = json.loads(invoke(folder / "pruned", "--groups", "full", *short, "--out", tmp_path / "full"))
+    assert full["trainable"] == {"full": full["total_parameters"]}
+    check_masks(load(tmp_path / "full"))
+    options = ["--variant", "lora", "--no-merge", "--groups", "lora", "--targets", "q_proj,v_proj", "--rank", 2]
+    kept = json.loads(invoke(folder / "pruned", *options, *short, "--out", tmp_path / "adapters"))
+    assert kept["trainable"] == {"lora": 2 * 2 * 2 * (32 + 32)}
+    adapters = load_adapters(load(folder / "pruned"), tmp_path / "adapters")
+    assert sum(p.numel() for name, p in adapters.named_parameters() if ".lora_" in name) == kept["trainable"]["lora"]
 
 
 def test_every_setting_is_an_option():

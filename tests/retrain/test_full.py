@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from trisparse.retrain import loop
+from trisparse.retrain import run as run_module
 from trisparse.retrain.full import FullWeights
 from trisparse.sparsity.compression import compress
 from trisparse.sparsity.mask import Mask, MaskError, attach, check_masks, masks, masks_sha256
@@ -33,7 +34,7 @@ def spy(monkeypatch):
             trainer.add_callback(callback)
             return trainer
 
-        monkeypatch.setattr("trisparse.retrain.run.trainer_for", with_callback)
+        monkeypatch.setattr(run_module, "trainer_for", with_callback)
 
     return add
 

@@ -59,6 +59,8 @@ def test_the_losses_are_those_of_one_process_with_the_same_global_batch(launched
         assert found["report"]["batch"] == [2, 2, 2]
         assert found["report"]["tokens"] == one.tokens == 6 * 8 * 16
     assert one.losses[-1] < one.losses[0]
+    full = run(build("opt"), tokens, batch_size=4, groups="full", learning_rate=1e-3, **STEPS)
+    assert reports[0]["full"] == reports[1]["full"] == pytest.approx(full.losses, rel=1e-5)
     both = torch.load(launched[0] / "rank-0.pt")
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(both[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

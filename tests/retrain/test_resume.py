@@ -101,6 +101,25 @@ def test_a_finished_run_resumes_to_itself(build, tokens, tmp_path, run):
     assert (report.resumed_at, report.tokens_per_second) == (8, 0)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"groups": "full", "learning_rate": 1e-3},
+        {"variant": "scale_lora"},
+        {"variant": "lora", "groups": ("norms", "lora"), "merge": False},
+    ],
+)
+def test_every_kind_of_training_resumes(build, tokens, tmp_path, run, changes):
+    unbroken, resumed = build("opt-dropout"), build("opt-dropout")
+    whole = run(unbroken, tokens, output_dir=tmp_path, **STEPS, **changes)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    report = run(resumed, tokens, output_dir=tmp_path, resume=True, **STEPS, **changes)
+    assert report.resumed_at == 6
+    assert report.losses == whole.losses
+    assert same(resumed, unbroken)
+    check_masks(resumed)
+
+
 def test_an_output_folder_alone_has_a_checkpoint_every_tenth_and_at_the_end(build, tokens, tmp_path, run):
     run(build("llama"), tokens, output_dir=tmp_path, steps=11)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 10, 11)]

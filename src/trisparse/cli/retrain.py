@@ -38,17 +38,16 @@ def retrain(
     config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would train, memory and steps; stop.")] = False,
     groups: Annotated[
-        str | None, typer.Option(help="What trains: a preset such as perp or full, or with commas norms,head,lora.")
+        str | None,
+        typer.Option(help="perp, linear-probing, norms, biases, full; or with commas: biases,norms,head,lora."),
     ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="LoRA of the pruned layers: lora, lora_prune, mask_lora, scale_lora.")
-    ] = None,
-    targets: Annotated[str | None, typer.Option(help="Pruned layers that get one, with commas: q_proj,v_proj.")] = None,
-    merge: Annotated[
-        bool | None, typer.Option("--merge/--no-merge", help="Merge the LoRAs, or save them as PEFT adapters.")
-    ] = None,
+    variant: Annotated[str | None, typer.Option(help="mask_lora, scale_lora, lora_prune, lora.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA adapters.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scaling of the LoRA adapters is alpha / rank.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Layers that get a LoRA: shell patterns, with commas.")] = None,
+    merge: Annotated[
+        bool | None, typer.Option("--merge/--no-merge", help="Merge the adapters, or save them alone (PEFT's folder).")
+    ] = None,
     learning_rate: Annotated[str | None, typer.Option(help="Peak of AdamW's, or 'grid': tries several.")] = None,
     learning_rates: Annotated[str | None, typer.Option(help="The grid, with commas.")] = None,
     grid_steps: Annotated[int | None, typer.Option(help="Steps with each rate of the grid.")] = None,
@@ -99,10 +98,10 @@ def retrain(
     given: dict[str, Any] = {
         "groups": groups if groups in PRESETS else _words(groups),
         "variant": variant,
-        "targets": _words(targets),
-        "merge": merge,
         "rank": rank,
         "alpha": alpha,
+        "targets": _words(targets),
+        "merge": merge,
         "learning_rate": _rate(learning_rate),
         "learning_rates": None if rates is None else tuple(_rate(rate) for rate in rates),
         "grid_steps": grid_steps,
