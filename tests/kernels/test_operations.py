@@ -58,6 +58,7 @@ def registered():
     yield bitmask._COMPRESS, (w.clone().requires_grad_(), packed)
     yield bitmask._GATHER, (w.clone().requires_grad_(), packed, offsets, values.shape[0])
     yield bitmask._DECOMPRESS, (values.clone().requires_grad_(), packed, offsets, 48)
+    yield bitmask._DECOMPRESS_TRUSTED, (values, packed, offsets, 48)
 
 
 @pytest.mark.parametrize(("operation", "arguments"), list(registered()))
