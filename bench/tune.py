@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +15,7 @@ from trisparse.sparsity.backends import candidates
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import masks
 from trisparse.sparsity.pattern import Pattern, parse_pattern
+from trisparse.sparsity.report import as_text
 from trisparse.sparsity.sparsify import sparsify
 from trisparse.sparsity.tuning import TOKENS, key, plan_from, tune
 
@@ -74,13 +73,11 @@ def tune_layers(
 
 def as_table(result: dict[str, Any]) -> str:
     """The times in microseconds, the fastest backend of each token count marked."""
-    out = io.StringIO()
-    console = Console(file=out, width=140, color_system=None, highlight=False)
+    parts: list[Table | str] = []
     for row in result["launches"]:
         gain = row["computed_seconds"] / row["seconds"]
-        console.print(
-            f"{row['kernel']} {row['case']}: {row['tried']} tried, {gain:.2f}x of the computed one", markup=False
-        )
+        tried = f"{row['tried']} launch configurations, the fastest {gain:.2f}x as fast as the computed one"
+        parts.append(f"{row['kernel']} {row['case']}: {tried}")
     for row in result["layers"]:
         counts = list(row["seconds"])
         table = Table(title=row["layer"], title_justify="left")
@@ -93,10 +90,8 @@ def as_table(result: dict[str, Any]) -> str:
                 for count in counts
             ]
             table.add_row(name, *cells)
-        console.print(table)
-        for name, why in row["not_run"].items():
-            console.print(f"{name}: not here, {why}", markup=False)
-    console.print(f"* runs. Measured on {result['device']}, kept in {result['file']}", markup=False, soft_wrap=True)
+        parts += [table, *(f"{name}: not here, {why}" for name, why in row["not_run"].items())]
+    parts.append(f"* runs. Measured on {result['device']}, kept in {result['file']}")
     if not result["device"].startswith("cuda"):
-        console.print("On a CPU compress() holds the compressed weight whatever these times say: it saves memory.")
-    return out.getvalue().rstrip()
+        parts.append("On a CPU compress() holds the compressed weight whatever these times say: it saves memory.")
+    return as_text(*parts, width=140)

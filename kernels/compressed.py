@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trisparse.kernels.bitmask import apply_bits, compress_bits, count_bits, decompress_trusted, unpack_bits
-from trisparse.kernels.nm import check_nm, meta_2_4
+from trisparse.kernels.nm import check_nm, meta_2_4, packed_2_4
 from trisparse.kernels.score import check_weight
 
 FORMATS = ("2:4", "n:m", "bitmask", "masked")
@@ -100,6 +100,11 @@ class CompressedWeight:
         """The bytes of all tensors."""
         tensors = (self.values, self.meta, self.row_offsets, self.tile_offsets)
         return sum(t.nbytes for t in tensors if t is not None)
+
+    @property
+    def packed(self) -> Tensor:
+        """The mask as packed bits, uint8 [rows, ceil(cols / 8)]."""
+        return packed_2_4(self.meta) if self.format == "2:4" else self.meta
 
     def part(self, start: int, stop: int) -> CompressedWeight:
         """Rows start to stop, sharing the memory of all but the row offsets."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,9 +16,6 @@ from trisparse.retrain.lora_layer import Variant, VariantLora
 from trisparse.retrain.model_state import ModelState
 from trisparse.retrain.sparse_lora_config import sparse_lora_modules
 from trisparse.sparsity.interrupt import interrupt_after
-
-if TYPE_CHECKING:
-    pass
 
 
 def is_tied(model: Any, head: str) -> bool:

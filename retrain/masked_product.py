@@ -17,7 +17,6 @@ from torch import Tensor
 from trisparse.kernels.compressed import CompressedWeight
 from trisparse.kernels.linear24 import unpack24
 from trisparse.kernels.masked_lora import FACTOR_GRADIENTS, PRODUCT, mask_lora, scale_lora
-from trisparse.kernels.nm import packed_2_4
 from trisparse.kernels.operation import Operation
 from trisparse.sparsity.linear import SparseLinear
 
@@ -49,7 +48,7 @@ def masked_product(x: Tensor, layer: SparseLinear, a: Tensor, b: Tensor, *, scal
     if layer.dense is not None:
         if scales:
             return scale_lora(x, layer.dense, a, b, layer.bias)
-        return mask_lora(x, layer.dense, packed_mask(layer.compressed()), a, b, layer.bias)
+        return mask_lora(x, layer.dense, layer.compressed().packed, a, b, layer.bias)
     y = _FORWARD(
         x.reshape(-1, cols),
         layer.values,
@@ -95,11 +94,6 @@ def decompress(weight: CompressedWeight) -> Tensor:
     return dense
 
 
-def packed_mask(weight: CompressedWeight) -> Tensor:
-    """The mask as packed bits, uint8 [rows, ceil(cols / 8)]."""
-    return packed_2_4(weight.meta) if weight.format == "2:4" else weight.meta
-
-
 def _forward(
     x: Tensor,
     values: Tensor,
@@ -118,7 +112,7 @@ def _forward(
     scales: bool,
 ) -> Tensor:
     weight = _compressed(values, positions, row_offsets, tile_offsets, format, layout, rows, cols, n, m)
-    return PRODUCT(x, decompress(weight), None if scales else packed_mask(weight), b, a, bias, False)
+    return PRODUCT(x, decompress(weight), None if scales else weight.packed, b, a, bias, False)
 
 
 def _backward(
@@ -144,7 +138,7 @@ def _backward(
         dy, x, values, positions, row_offsets, tile_offsets, format, layout, rows, cols, n, m, a, b, scales, with_dx
     )
     weight = _compressed(values, positions, row_offsets, tile_offsets, format, layout, rows, cols, n, m)
-    packed = None if scales else packed_mask(weight)
+    packed = None if scales else weight.packed
     dense = decompress(weight) if with_dx or scales else None
     if with_dx and dense is not None:
         dx = PRODUCT(dy, dense, packed, b, a, None, True)

@@ -16,7 +16,7 @@ from trisparse.kernels.compressed import CompressedWeight
 from trisparse.kernels.linear import MAX_RANK
 from trisparse.kernels.masked_lora import effective_weight
 from trisparse.retrain.lora_layer import VARIANTS, VariantLora
-from trisparse.retrain.masked_product import decompress, masked_product, packed_mask
+from trisparse.retrain.masked_product import decompress, masked_product
 from trisparse.sparsity.linear import SparseLinear
 
 __all__ = ["VARIANTS", "SparseLoraLinear"]
@@ -68,7 +68,7 @@ class SparseLoraLinear(VariantLora):
         return self._compressed().values
 
     def _merged(self, variant: str, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        packed = None if variant == "scale_lora" else packed_mask(self._compressed())
+        packed = None if variant == "scale_lora" else self._compressed().packed
         return effective_weight(self._original(), packed, up * scale, down)
 
     def _set_weight(self, weight: Tensor) -> None:
@@ -80,7 +80,7 @@ class SparseLoraLinear(VariantLora):
             return delta
         if variant == "scale_lora":
             return (delta - 1) * self._original().to(delta)
-        return apply_bits(delta, packed_mask(self._compressed()))
+        return apply_bits(delta, self._compressed().packed)
 
 
 def _compute_dtype(x: Tensor, layer: SparseLinear) -> torch.dtype:

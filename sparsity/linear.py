@@ -26,7 +26,6 @@ from transformers.pytorch_utils import Conv1D
 from trisparse.kernels.bitmask import count_bits
 from trisparse.kernels.compressed import TILE, CompressedWeight, compress, places_2_4, tile_dtype, tile_offsets
 from trisparse.kernels.linear24 import pack24, unpack24
-from trisparse.kernels.nm import packed_2_4
 from trisparse.sparsity.backends import BACKENDS, Plan, Prefer, default_plan
 from trisparse.sparsity.mask import HoldsMask, Mask, attach, mask_of
 from trisparse.sparsity.pattern import NM, Pattern
@@ -200,8 +199,7 @@ class SparseLinear(nn.Module, HoldsMask):
     @property
     def mask(self) -> Mask:
         """Which weights are kept."""
-        weight = self.compressed()
-        packed = packed_2_4(weight.meta) if self.format == "2:4" else weight.meta
+        packed = self.compressed().packed
         transposed = self.kind == "Conv1D"
         shape = (self.in_features, self.out_features) if transposed else (self.out_features, self.in_features)
         return Mask(packed.cpu(), torch.Size(shape), self.in_features, transposed, self.pattern)

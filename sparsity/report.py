@@ -148,10 +148,10 @@ def _target_table(title: str, targets: Sequence[TargetReport]) -> Table:
     return table
 
 
-def as_text(*parts: Table | str) -> str:
+def as_text(*parts: Table | str, width: int = 120) -> str:
     """What rich prints, without colours, at a width that does not depend on the terminal."""
     out = io.StringIO()
-    console = Console(file=out, width=120, color_system=None, highlight=False)
+    console = Console(file=out, width=width, color_system=None, highlight=False)
     for part in parts:
         console.print(part, markup=False, soft_wrap=isinstance(part, str))
     return out.getvalue().rstrip()
