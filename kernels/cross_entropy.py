@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bytes of the fp32 logits of the tokens that are worked on at once
-_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**27}
+# Bytes of the fp32 logits of the tokens that are worked on at once: on the CPU they stay in the caches
+_CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**27}
 
 
 def cross_entropy_sum_ref(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -79,7 +79,11 @@ class _CrossEntropySum(torch.autograd.Function):
         return logits, None, None
 
 
+def tokens_at_once(vocabulary: int, device_type: str) -> int:
+    """Tokens whose logits are in memory in fp32 at once."""
+    return max(1, _CHUNK_BYTES.get(device_type, 2**27) // max(1, 4 * vocabulary))
+
+
 def _chunks(logits: Tensor) -> list[slice]:
-    tokens, vocabulary = logits.shape
-    step = max(1, _CHUNK_BYTES.get(logits.device.type, 2**27) // max(1, 4 * vocabulary))
-    return [slice(start, start + step) for start in range(0, tokens, step)]
+    step = tokens_at_once(logits.shape[1], logits.device.type)
+    return [slice(start, start + step) for start in range(0, len(logits), step)]

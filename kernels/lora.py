@@ -44,9 +44,7 @@ def lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = 
 
 class _Lora(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # it would cast fp64 factors
             down, up = a.to(x.dtype), b.to(x.dtype)
             hidden = x @ down.t()

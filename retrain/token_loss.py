@@ -39,7 +39,19 @@ def causal_lm_loss(
     total = cross_entropy_sum(logits.view(-1, vocab_size), targets, ignore_index)
     if num_items_in_batch is None:
         return total / (targets != ignore_index).sum()
-    return total / (num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
+    return total / (
+        num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    )
+
+
+def takes_lean_loss(module: nn.Module) -> bool:
+    """Whether `lean_loss` changes the loss of the transformers model in ``module``."""
+    model = _transformers_model(module)
+    return model is not None and model.loss_function is ForCausalLMLoss
+
+
+def _transformers_model(module: nn.Module) -> Any:
+    return next((part for part in module.modules() if isinstance(part, PreTrainedModel)), None)
 
 
 @contextmanager
@@ -49,10 +61,10 @@ def lean_loss(module: nn.Module) -> Iterator[None]:
     It does where its loss is transformers' own ``ForCausalLMLoss``, on the logits after whatever the model does to them
     (capping, scaling). A model with another loss, or one that does not ask ``loss_function``, keeps its own.
     """
-    model: Any = next((part for part in module.modules() if isinstance(part, PreTrainedModel)), None)
-    if model is None or model.loss_function is not ForCausalLMLoss:
+    if not takes_lean_loss(module):
         yield
         return
+    model = _transformers_model(module)
     before = model.__dict__.get("_loss_function")
     model.loss_function = causal_lm_loss
     try:
