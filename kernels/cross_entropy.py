@@ -66,7 +66,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
         logits, targets = ctx.saved_tensors
         for rows in _chunks(logits):

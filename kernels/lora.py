@@ -55,13 +55,13 @@ class _Lora(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, hidden = ctx.saved_tensors
         of_x, of_weight, of_a, of_b, of_bias, _ = ctx.needs_input_grad
         dx = dweight = da = db = dbias = None
         with torch.autocast(x.device.type, enabled=False):
-            dhidden = dy @ b.to(dy.dtype) if of_x or of_a else None
+            dhidden = dy @ b.to(dy.dtype) if of_x or of_a else dy.new_empty(0)
             if of_x:
                 dx = (dy @ weight).addmm_(dhidden, a.to(dy.dtype), alpha=ctx.scale)
             if of_weight:

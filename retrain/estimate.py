@@ -38,7 +38,8 @@ class MemoryEstimate:
       (kernels/cross_entropy.py), or where the model has a loss of its own two fp32 tensors of [batch, s, vocabulary],
       the gradients of the loss and of its softmax; with a teacher another three. With gradient checkpointing each block
       keeps its input alone, and after the head's backward, which frees a tensor of that size, one block is whole again:
-      its share of what is kept without checkpointing. The larger of the two moments counts.
+      its share of what is kept without checkpointing, with two gradients as wide as its widest layer. The larger of
+      the two moments counts.
 
     Attributes:
         weights, gradients, optimizer, activations: bytes.
@@ -173,12 +174,15 @@ def _memory(
     of_loss += 0 if teacher is None else 3 * logits
     activations = kept + of_loss
     if config.gradient_checkpointing:
-        blocks = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        sizes = [size for block in blocks for param in block.parameters() for size in param.shape[1:]]
         if not bare.is_activation_checkpointing:
             bare.activation_checkpointing_enable({"use_reentrant": False})
         inputs = _kept_bytes(model, batch.size, config.seq_len, dtype)
-        freed = logits * dtype.itemsize // 4 if lean and dtype is not None else logits
-        activations = inputs + max(of_loss, (kept - inputs) / max(blocks, 1) - freed)
+        itemsize = 4 if dtype is None else dtype.itemsize
+        freed = logits * itemsize // 4 if lean else logits
+        in_flight = 2 * tokens * max(sizes, default=0) * itemsize
+        activations = inputs + max(of_loss, (kept - inputs) / max(len(blocks), 1) + in_flight - freed)
     return MemoryEstimate(
         weights=_stored_bytes(model) + (0 if teacher is None else _stored_bytes(teacher)),
         gradients=trained * (1 if process_count() == 1 else 2),

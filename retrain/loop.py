@@ -18,9 +18,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from trisparse.retrain.distillation import divergence, teacher_logits
 from trisparse.retrain.loop_options import save_every
-from trisparse.retrain.token_loss import lean_loss
 from trisparse.retrain.processes import is_main_process, process_count
 from trisparse.retrain.run_folder import checkpoints, load_trained, save_trained, unmark
+from trisparse.retrain.token_loss import lean_loss
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
 

@@ -43,7 +43,7 @@ def test_by_hand():
     logits = torch.tensor([[0.0, math.log(3)], [5.0, 5.0]], requires_grad=True)
     loss = cross_entropy_sum(logits * 1.0, torch.tensor([1, 0]))
     loss.backward()
-    assert float(loss) == pytest.approx(math.log(4 / 3) + math.log(2), rel=1e-6)
+    assert loss.item() == pytest.approx(math.log(4 / 3) + math.log(2), rel=1e-6)
     torch.testing.assert_close(logits.grad, torch.tensor([[0.25, -0.25], [-0.5, 0.5]]))
 
 
