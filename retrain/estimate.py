@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trisparse.kernels.cross_entropy import tokens_at_once
 from trisparse.retrain.batch_settings import BatchSettings, batch_settings
 from trisparse.retrain.distillation import check_teacher
 from trisparse.retrain.loop import autocast, random_state_kept, with_labels
 from trisparse.retrain.perp import PERPConfig, autocast_dtype, check_length, parameter_count, parameter_groups_for
 from trisparse.retrain.processes import process_count
 from trisparse.retrain.run import adapted_for
+from trisparse.retrain.token_loss import lean_loss, takes_lean_loss
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,12 @@ class MemoryEstimate:
     - optimizer: AdamW's two moments, two numbers for each that trains.
     - activations: what autograd keeps of a forward, plus what the backward adds to it. Kept: c0 + batch · (c1·s +
       c2·s²) for windows of s tokens, by three forwards of 8, 16 and 32 tokens. c0 is the casts of the weights under
-      autocast, c2 is attention that keeps its scores. The backward adds two fp32 tensors of [batch, s, vocabulary], the
-      gradients of the loss and of its softmax; with a teacher another three. With gradient checkpointing each block
+      autocast, c2 is attention that keeps its scores. The backward adds the fp32 logits of some tokens
+      (kernels/cross_entropy.py), or where the model has a loss of its own two fp32 tensors of [batch, s, vocabulary],
+      the gradients of the loss and of its softmax; with a teacher another three. With gradient checkpointing each block
       keeps its input alone, and after the head's backward, which frees a tensor of that size, one block is whole again:
-      its share of what is kept without checkpointing. The larger of the two moments counts.
+      its share of what is kept without checkpointing, with two gradients as wide as its widest layer. The larger of
+      the two moments counts.
 
     Attributes:
         weights, gradients, optimizer, activations: bytes.
@@ -161,16 +165,24 @@ def _memory(
     model: nn.Module, bare: Any, config: PERPConfig, batch: BatchSettings, dtype: torch.dtype | None, teacher: Any
 ) -> MemoryEstimate:
     trained = sum(param.numel() * param.element_size() for param in model.parameters() if param.requires_grad)
-    logits = 4 * batch.size * config.seq_len * bare.get_input_embeddings().weight.shape[0]
+    tokens, vocabulary = batch.size * config.seq_len, bare.get_input_embeddings().weight.shape[0]
+    logits = 4 * tokens * vocabulary
+    lean = takes_lean_loss(model)
     kept = _kept_bytes(model, batch.size, config.seq_len, dtype)
-    of_loss = (2 if teacher is None else 5) * logits
+    at_once = tokens_at_once(vocabulary, next(model.parameters()).device.type)
+    of_loss = 4 * min(tokens, at_once) * vocabulary if lean else 2 * logits
+    of_loss += 0 if teacher is None else 3 * logits
     activations = kept + of_loss
     if config.gradient_checkpointing:
-        blocks = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        sizes = [size for block in blocks for param in block.parameters() for size in param.shape[1:]]
         if not bare.is_activation_checkpointing:
             bare.activation_checkpointing_enable({"use_reentrant": False})
         inputs = _kept_bytes(model, batch.size, config.seq_len, dtype)
-        activations = inputs + max(of_loss, (kept - inputs) / max(blocks, 1) - logits)
+        itemsize = 4 if dtype is None else dtype.itemsize
+        freed = logits * itemsize // 4 if lean else logits
+        in_flight = 2 * tokens * max(sizes, default=0) * itemsize
+        activations = inputs + max(of_loss, (kept - inputs) / max(len(blocks), 1) + in_flight - freed)
     return MemoryEstimate(
         weights=_stored_bytes(model) + (0 if teacher is None else _stored_bytes(teacher)),
         gradients=trained * (1 if process_count() == 1 else 2),
@@ -195,7 +207,7 @@ def _kept_bytes(model: Any, rows: int, seq_len: int, dtype: torch.dtype | None) 
     with _training(model):
         for length in probes:
             ids = (torch.arange(length, device=device) % model.get_input_embeddings().weight.shape[0])[None]
-            with _counting(own) as kept, autocast(device, dtype):
+            with _counting(own) as kept, autocast(device, dtype), lean_loss(model):
                 loss = model(**with_labels(ids)).loss
             del loss
             measured.append(sum(kept.values()))

@@ -20,6 +20,7 @@ from trisparse.retrain.distillation import divergence, teacher_logits
 from trisparse.retrain.loop_options import save_every
 from trisparse.retrain.processes import is_main_process, process_count
 from trisparse.retrain.run_folder import checkpoints, load_trained, save_trained, unmark
+from trisparse.retrain.token_loss import lean_loss
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
 
@@ -157,9 +158,10 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.teacher is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with lean_loss(self.adapted):
+            if self.teacher is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         target = teacher_logits(self.teacher, inputs["input_ids"])
         total, count = divergence(outputs.logits, target, inputs["labels"], self.temperature)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trisparse.kernels.bitmask import apply_bits, pack_bits, unpack_bits
+from trisparse.kernels.lora import lora
 from trisparse.kernels.masked_lora import effective_weight, mask_lora, scale_lora
 from trisparse.retrain.lora_layer import VariantLora
 from trisparse.sparsity.linear import SparseLinear
@@ -147,11 +148,14 @@ class MaskLoraLinear(_DenseLora):
             return mask_lora(
                 x, layer.weight, self.packed, down, up, layer.bias, scale=scale, transposed=self.transposed
             )
+        if self.rows is None and type(layer) in (nn.Linear, Conv1D):
+            weight = layer.weight.t() if self.transposed else layer.weight
+            return lora(x.reshape(-1, x.shape[-1]), weight, down, up, layer.bias, scale).view(*x.shape[:-1], -1)
         return _low_rank(x, layer, down, up, scale, self.rows)
 
 
 def _low_rank(x: Tensor, layer: nn.Module, down: Tensor, up: Tensor, scale: float, rows: Tensor | None) -> Tensor:
-    """layer(x) + s (x downᵀ) upᵀ, the latter in ``rows`` only.
+    """layer(x) + s (x downᵀ) upᵀ, the latter in ``rows`` only, for a layer with a forward of its own too.
 
     It is added into the layer's own output, as that of the head is large.
     """
