@@ -71,7 +71,8 @@ class PERPConfig:
             alone); "auto" is bf16 where it is the faster one, or where the model is in bf16.
         output_dir: folder for the Trainer's checkpoints; none are written without it.
         save_steps: steps from one checkpoint to the next; None is a tenth of the steps. The last step has one too.
-        resume: go on from the last complete checkpoint of the same run in ``output_dir``.
+        resume: go on from the last complete checkpoint of the same run in ``output_dir``; where there is none yet, True
+            raises and "auto" starts anew.
         guard_every: check after every so many steps that each pruned weight is zero; None only at the end.
         distillation_weight: α of the teacher's part of the loss, if there is a teacher; see
             :mod:`trisparse.retrain.distillation`.
@@ -103,7 +104,7 @@ class PERPConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     output_dir: str | Path | None = None
     save_steps: int | None = None
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     guard_every: int | None = None
     distillation_weight: float = 0.5
     temperature: float = 2.0
@@ -190,7 +191,11 @@ def retrain(
     identity = None
     if config.output_dir is not None:
         identity = run_identity(config, batch, model, windows, teacher=teacher is not None)
-    resume_from, chosen = last_checkpoint(Path(str(config.output_dir)), identity) if config.resume else (None, {})
+    resume_from: Path | None = None
+    chosen: dict[str, Any] = {}
+    if config.resume:
+        folder = Path(str(config.output_dir))
+        resume_from, chosen = last_checkpoint(folder, identity, required=config.resume is True)
     run = Run(model, groups, windows, held_out, config, batch, dtype, teacher, progress)
 
     with random_state_kept(), nullcontext() if teacher is None else evaluating(teacher):

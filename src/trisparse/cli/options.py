@@ -30,10 +30,12 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 
 def load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """Model, tokenizer and recipe so far: a checkpoint of ours with its masks, or any causal language model."""
+    """Model, tokenizer and recipe so far: a checkpoint of ours with its masks, one under the adapters of a folder of
+    ours, or any causal language model.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trisparse.sparsity.checkpoint import INFO_FILE, load, read_info
+    from trisparse.sparsity.checkpoint import ADAPTERS_FILE, INFO_FILE, load, read_info
     from trisparse.sparsity.progress import quiet_transformers
 
     if model == "smollm2":
@@ -41,6 +43,11 @@ def load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
 
         return *load_smollm2(), []
     with quiet_transformers():
+        if (Path(model) / ADAPTERS_FILE).is_file():
+            from trisparse.retrain.adapter_folder import load_adapted_model
+
+            adapted, recipe = load_adapted_model(model)
+            return adapted, AutoTokenizer.from_pretrained(model), recipe
         tokenizer = AutoTokenizer.from_pretrained(model)
         if (Path(model) / INFO_FILE).is_file():
             return load(model), tokenizer, read_info(model)["recipe"]
