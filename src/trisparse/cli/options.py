@@ -48,9 +48,15 @@ def load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
 
             adapted, recipe = load_adapted_model(model)
             return adapted, AutoTokenizer.from_pretrained(model), recipe
-        tokenizer = AutoTokenizer.from_pretrained(model)
         if (Path(model) / INFO_FILE).is_file():
-            return load(model), tokenizer, read_info(model)["recipe"]
+            loaded, recipe = load(model), read_info(model)["recipe"]
+            if getattr(loaded, "main_input_name", None) == "pixel_values":
+                raise ValueError(
+                    f"{model} is a {type(loaded).__name__} and no language model: it is for 'trisparse retrain --form "
+                    "vision' alone"
+                )
+            return loaded, AutoTokenizer.from_pretrained(model), recipe
+        tokenizer = AutoTokenizer.from_pretrained(model)
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval(), tokenizer, []
 
 
