@@ -40,7 +40,7 @@ def check_loop_options(config: PERPConfig) -> None:
         raise ValueError(f"warmup_ratio must be a number in [0, 1), got {config.warmup_ratio!r}")
     if not isinstance(config.gradient_checkpointing, bool):
         raise ValueError(f"gradient_checkpointing must be True or False, got {config.gradient_checkpointing!r}")
-    if config.resume not in (True, False, "auto"):
+    if not isinstance(config.resume, bool) and config.resume != "auto":
         raise ValueError(f"resume must be True, False or 'auto', got {config.resume!r}")
     if config.output_dir is None and config.save_steps is not None:
         raise ValueError(f"save_steps={config.save_steps} needs output_dir: where do the checkpoints go?")

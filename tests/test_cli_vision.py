@@ -25,7 +25,7 @@ GREY = ["--image-size", 8, "--mean", 0.5, "--std", 0.5]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """``dense``, a ResNet for grey images of 8 x 8 pixels, and ``images``: 24 to train and 8 to test on, two classes."""
+    """``dense``, a ResNet for grey images of 8 x 8 pixels, and ``images`` of two classes: 24 to train, 8 to test on."""
     folder = tmp_path_factory.mktemp("vision")
     torch.manual_seed(0)
     shape = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
