@@ -7,7 +7,8 @@ import pytest
 
 from trisparse.cli.config_file import read_settings
 from trisparse.cli.retrain_cycles import section
-from trisparse.retrain.cycles import CyclesConfig
+from trisparse.retrain import cycles
+from trisparse.retrain.cycles import CyclesConfig, prune_cycles
 from trisparse.retrain.perp import PERPConfig
 from trisparse.retrain.plans import cycles_plan, reconstruction_plan
 from trisparse.retrain.reconstruct import ReconstructConfig
@@ -62,6 +63,26 @@ def test_cycles_by_options(tiny_llama, invoke, tmp_path):
     assert {str(mask.pattern) for mask in found.values()} == {"2:4"}
     (step,) = read_info(tmp_path / "r")["recipe"]
     assert not {"samples", "rank", "temperature"} & (step.keys() | step["retraining"].keys())
+
+
+def test_cycles_are_given_each_text_for_its_purpose(tiny_llama, invoke, tmp_path, monkeypatch):
+    given = {}
+
+    def watch(model, pattern, data, config, **kwargs):
+        given.update(kwargs, data=data)
+        return prune_cycles(model, pattern, data, config, **kwargs)
+
+    monkeypatch.setattr(cycles, "prune_cycles", watch)
+    for name, text in (("calibration", "list of " * 100), ("validation", "python not " * 100)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    files = [f"--{name}={tmp_path / name}.txt" for name in ("calibration", "validation")]
+    options = ["--form", "cycles", "--sparsity", "50%", "--cycles", 1, "--steps", 1, "--seq-len", 16, "--samples", 3]
+    text = tiny_llama / "text.txt"
+    invoke(tiny_llama / "dense", *options, *files, "--data", text, "--out", tmp_path / "r", "--validation-windows", 2)
+    assert given["data"] == text.read_text()
+    assert given["calibration"].shape == (3, 16)
+    assert given["validation"].shape == (2, 16)
+    assert set(given["calibration"].flatten().tolist()).isdisjoint(given["validation"].flatten().tolist())
 
 
 def test_dry_run_of_cycles_leaves_the_model_alone(tiny_llama, invoke):

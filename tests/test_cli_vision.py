@@ -12,6 +12,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from trisparse.cli.config_file import read_settings
 from trisparse.cli.retrain_vision import _transform, schedule_of, section
+from trisparse.retrain import vision
 from trisparse.retrain.estimate import counting_saved
 from trisparse.retrain.images import Images, ImageTransform
 from trisparse.retrain.plans import vision_plan
@@ -90,6 +91,20 @@ def test_pruned_here_and_retrained_by_a_file(folder, trained, invoke, tmp_path):
     again = read_info(tmp_path / "again")["recipe"][-1]
     assert again["change"] == pytest.approx(change, rel=1e-3)  # the norms, which have no masks, do not count
     assert again["rank"] == 1
+
+
+def test_images_are_augmented_to_train_on_alone(folder, trained, invoke, tmp_path, monkeypatch):
+    given = {}
+
+    def watch(model, data, config, *, validation):
+        given.update(data=data, validation=validation)
+        return retrain_vision(model, data, config, validation=validation, progress=False)
+
+    monkeypatch.setattr(vision, "retrain_vision", watch)
+    images = ["--data", folder / "images", "--validation", f"{folder / 'images'}:test", *GREY, "--augment"]
+    invoke(trained, *images, "--groups", "norms", "--batch-size", 12, "--out", tmp_path / "r")
+    assert (len(given["data"]), given["data"].transform) == (24, ImageTransform(8, (0.5,), (0.5,), augment=True))
+    assert (len(given["validation"]), given["validation"].transform) == (8, ImageTransform(8, (0.5,), (0.5,)))
 
 
 def test_dry_run(folder, trained, invoke):
