@@ -126,9 +126,7 @@ class RetrainingPlan:
         return as_text(table, width=110)
 
 
-def retraining_plan(
-    model: Any, config: PERPConfig, *, teacher: Any = None, validation: Any = None
-) -> RetrainingPlan:
+def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None, validation: Any = None) -> RetrainingPlan:
     """What retraining ``model`` by ``config`` would do and take; the model is left as it was, and nothing is written.
 
     Args:

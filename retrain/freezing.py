@@ -12,7 +12,6 @@ from the table: they alone give its trainable shares for ResNet-50 (88.83, 70.95
 from __future__ import annotations
 
 import math
-
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 

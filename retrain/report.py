@@ -74,7 +74,8 @@ class RetrainReport:
         not_covered: pruned parameters that no LoRA reaches, with the reason.
         effective_sparsity: of the pruned parameters, adapters that are not merged counted as kept
             (:func:`trisparse.retrain.effective_sparsity.effective_sparsity`); None without masks.
-        validation_loss: loss on the validation data before and after, if any was given.
+        validation_loss: loss on the validation data before and after, if any was given; the latter with what was
+            trained in fp32, before a half-precision model is rounded.
         learning_rate: the peak.
         grid: validation loss of each learning rate that was tried, None where it diverged; None without a grid.
         batch: windows per forward, forwards per step, processes.

@@ -37,6 +37,8 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _FREE = (
     "output_dir", "save_steps", "save_total_limit", "report_to", "resume", "guard_every", "gradient_checkpointing",
 )  # fmt: skip
+# what would say nothing in a message
+_HASHES = ("masks", "weights", "data", "teacher")
 
 
 def run_identity(
@@ -101,8 +103,7 @@ def last_checkpoint(folder: Path, identity: Any) -> tuple[Path, dict[str, Any]]:
     theirs = json.loads((complete[-1] / RUN_FILE).read_text())["identity"]
     different = sorted(key for key in theirs.keys() | identity.keys() if theirs.get(key) != identity.get(key))
     shown = [
-        key if key in ("masks", "weights", "data", "teacher") else f"{key} (was {theirs.get(key)!r}, is {identity.get(key)!r})"
-        for key in different
+        key if key in _HASHES else f"{key} (was {theirs.get(key)!r}, is {identity.get(key)!r})" for key in different
     ]
     raise ValueError(f"{complete[-1]} is of another run, resume needs the same: {', '.join(shown)}")
 

@@ -63,12 +63,16 @@ def test_choice_of_the_lowest_loss():
     )
     with pytest.raises(RetrainError, match=r"no learning rate of 1, 0.1 gave a finite"):
         choose_learning_rate((1, 1e-1), attempt)
-    with pytest.raises(RetrainError, match=r"rates 0.01, 0.001 all gave the validation loss 1.5, so none can be chosen"):
+    with pytest.raises(
+        RetrainError, match=r"rates 0.01, 0.001 all gave the validation loss 1.5, so none can be chosen"
+    ):
         choose_learning_rate((1e-2, 1e-3, 1e-1), attempt)
     assert choose_learning_rate((1e-2, 1e-1), attempt) == (1e-2, {1e-2: 1.5, 1e-1: None})
 
 
-@pytest.mark.parametrize(("steps", "ratio", "warmup"), [(1, 0.1, 0), (1, 0.99, 0), (9, 0.1, 0), (30, 0.1, 3), (4, 0.9, 3)])
+@pytest.mark.parametrize(
+    ("steps", "ratio", "warmup"), [(1, 0.1, 0), (1, 0.99, 0), (9, 0.1, 0), (30, 0.1, 3), (4, 0.9, 3)]
+)
 def test_the_warm_up_leaves_a_step_that_changes_the_weights(build, tokens, run, monkeypatch, steps, ratio, warmup):
     seen = []
     real = loop.TrainingArguments
@@ -232,7 +236,10 @@ def test_fp16_asks_the_trainer_for_the_scaler(build, tokens, quick, monkeypatch)
         ({"guard_every": True}, "guard_every"),
         ({"resume": "yes"}, "resume must be True or False, got 'yes'"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing must be True or False"),
-        ({"save_total_limit": 0, "output_dir": "x"}, "save_total_limit must be an integer of at least 1 or None, got 0"),
+        (
+            {"save_total_limit": 0, "output_dir": "x"},
+            "save_total_limit must be an integer of at least 1 or None, got 0",
+        ),
         ({"report_to": ("wandb", "tensorboard")}, "report_to=tensorboard needs output_dir: its files lie there"),
         ({"temperature": 0}, "temperature must be a number above 0"),
         ({"distillation_weight": 0}, r"distillation_weight must be a number in \(0, 1\]"),

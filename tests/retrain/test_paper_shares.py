@@ -30,21 +30,19 @@ def counted(model, targets, rank=16):
 
 
 @pytest.mark.parametrize(
-    ("shape", "shares"),
+    ("shape", "shares", "default"),
     [
-        ((2560, 32, 32), {"biases": "0.03%", "norms": "0.04%", "linear-probing": "0.07%", "perp": "0.27%"}),
-        ((7168, 48, 56), {"biases": "0.01%", "norms": "0.01%", "linear-probing": "0.02%", "perp": "0.09%"}),
+        ((2560, 32, 32), {"biases": "0.03%", "norms": "0.04%", "linear-probing": "0.07%", "perp": "0.27%"}, "0.96%"),
+        ((7168, 48, 56), {"biases": "0.01%", "norms": "0.01%", "linear-probing": "0.02%", "perp": "0.09%"}, "0.35%"),
     ],
     ids=["OPT-2.7B", "OPT-30B"],
 )
-def test_table_1_has_lora_on_queries_and_values(shape, shares):
+def test_table_1_has_lora_on_queries_and_values(shape, shares, default):
     model = opt(*shape)
     total = sum(param.numel() for param in model.parameters())
     counts = counted(model, ("q_proj", "v_proj"))
-    assert {
-        preset: f"{sum(counts[group] for group in PRESETS[preset]) / total:.2%}" for preset in shares
-    } == shares
-    assert sum(counted(model, None).values()) > 3 * sum(counts.values())
+    assert {preset: f"{sum(counts[group] for group in PRESETS[preset]) / total:.2%}" for preset in shares} == shares
+    assert f"{sum(counted(model, None).values()) / total:.2%}" == default
 
 
 def test_table_13_has_the_rank_64_on_queries_and_values_or_32_on_all_of_attention():

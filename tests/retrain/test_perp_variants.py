@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
