@@ -29,6 +29,7 @@ from trisparse.retrain.perp import (
 from trisparse.retrain.processes import process_count
 from trisparse.retrain.run import adapted_for
 from trisparse.retrain.token_loss import lean_loss, takes_lean_loss
+from trisparse.sparsity.modes import training
 from trisparse.sparsity.report import as_text
 
 
@@ -210,7 +211,7 @@ def _kept_bytes(model: Any, rows: int, seq_len: int, dtype: torch.dtype | None) 
     longest = max(8, min(32, seq_len))
     probes = (longest // 4, longest // 2, longest)
     measured = []
-    with _training(model):
+    with training(model):
         for length in probes:
             ids = (torch.arange(length, device=device) % model.get_input_embeddings().weight.shape[0])[None]
             with _counting(own) as kept, autocast(device, dtype), lean_loss(model):
@@ -239,14 +240,3 @@ def _counting(own: set[int]) -> Iterator[dict[int, int]]:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

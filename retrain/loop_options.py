@@ -1,4 +1,4 @@
-"""The checks of PERPConfig's fields that say how the loop runs."""
+"""The checks of PERPConfig's numbers and of how the loop runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_loop_options(config: PERPConfig) -> None:
     """Raise a ValueError that names the field, its value and what is allowed."""
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {config.dtype!r}")
-    for name, least in (("steps", 1), ("grid_steps", 1), ("seq_len", 2), ("seed", 0)):
+    for name, least in (("rank", 1), ("steps", 1), ("grid_steps", 1), ("seq_len", 2), ("seed", 0)):
         if not _is_integer(value := getattr(config, name), least):
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     for name in ("batch_size", "gradient_accumulation", "save_steps", "save_total_limit", "guard_every"):
@@ -35,8 +35,9 @@ def check_loop_options(config: PERPConfig) -> None:
     for name in ("weight_decay", "max_grad_norm"):
         if not _is_number(value := getattr(config, name), least=0):
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-    if not _is_number(config.temperature, above=0):
-        raise ValueError(f"temperature must be a number above 0, got {config.temperature!r}")
+    for name in ("alpha", "temperature"):
+        if not _is_number(value := getattr(config, name), above=0):
+            raise ValueError(f"{name} must be a number above 0, got {value!r}")
     if not _is_number(weight := config.distillation_weight, above=0) or weight > 1:
         raise ValueError(f"distillation_weight must be a number in (0, 1], got {weight!r}")
     if not _is_number(config.warmup_ratio, least=0) or config.warmup_ratio >= 1:

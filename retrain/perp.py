@@ -7,7 +7,6 @@ before, and every pruned weight is still zero. Full retraining with the masks he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -127,11 +126,6 @@ class PERPConfig:
             object.__setattr__(self, "targets", patterns)
         if not self.merge and "full" in self.groups:
             raise ValueError("merge must be True for groups='full', which has no adapters, got False")
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
-        number = not isinstance(self.alpha, bool) and isinstance(self.alpha, int | float) and math.isfinite(self.alpha)
-        if not number or self.alpha <= 0:
-            raise ValueError(f"alpha must be a number above 0, got {self.alpha!r}")
         check_loop_options(self)
         object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
         object.__setattr__(self, "report_to", tuple(self.report_to))
@@ -189,7 +183,7 @@ def retrain(
     batch = batch_settings(config, total)
     if teacher is not None:
         check_teacher(teacher, model)
-    windows, held_out = _windows(model, data, validation, config, batch, tokenizer)
+    windows, held_out = training_windows(model, data, validation, config, batch, tokenizer)
     identity = None
     if config.output_dir is not None:
         identity = run_identity(config, batch, dtype, model, windows, teacher=teacher, callbacks=callbacks)
@@ -324,12 +318,17 @@ def check_length(model: Any, config: PERPConfig) -> None:
         raise ValueError(f"seq_len={config.seq_len} is more than the model's maximum of {longest} positions")
 
 
-def _windows(
-    model: Any, data: Any, validation: Any, config: PERPConfig, batch: BatchSettings, tokenizer: Any
+def training_windows(
+    model: Any, data: Any, validation: Any, config: PERPConfig, batch: BatchSettings, tokenizer: Any, *, runs: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Windows to train on, [n, seq_len], enough for so many ``runs``, and those to validate on.
+
+    Raises:
+        ValueError: less data than one batch, a token that the model does not know, or windows beyond its context.
+    """
     check_length(model, config)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    samples = config.steps * batch.windows * process_count()
+    samples = runs * config.steps * batch.windows * process_count()
     cut = {"tokenizer": tokenizer, "seq_len": config.seq_len, "vocab_size": vocabulary}
     windows = token_windows(data, samples=samples, seed=config.seed, **cut)
     if len(windows) < batch.size:

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
+# where accelerate looks on the CPU
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 def process_count() -> int:
     """How many processes train together; 1 without a launcher.
@@ -20,13 +23,13 @@ def process_count() -> int:
 
 @contextmanager
 def launcher_alone() -> Iterator[None]:
-    """Hide WORLD_SIZE where :func:`process_count` does not count it: on the CPU accelerate waits for the others."""
-    hidden = None if "LOCAL_RANK" in os.environ else os.environ.pop("WORLD_SIZE", None)
+    """Hide the sizes that :func:`process_count` does not count: on the CPU accelerate would wait for so many others."""
+    names = () if "LOCAL_RANK" in os.environ else _SIZES
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if hidden is not None:
-            os.environ["WORLD_SIZE"] = hidden
+        os.environ.update(hidden)
 
 
 def is_main_process() -> bool:
