@@ -67,7 +67,7 @@ def retrain(
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for checkpoints.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    save_total_limit: Annotated[int | None, typer.Option(help="Checkpoints that stay, the last ones; 2.")] = None,
+    save_total_limit: Annotated[int | None, typer.Option(help="Checkpoints that stay: the last 2, by default.")] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume/--no-resume", help="Go on from the last checkpoint in --output-dir.")
     ] = None,
