@@ -19,11 +19,12 @@ from torch import Tensor
 from trisparse.retrain.batch_settings import batch_settings
 from trisparse.retrain.cycles_report import CycleReport, CyclesReport
 from trisparse.retrain.freezing import FreezingCallback, GradualFreezing
-from trisparse.retrain.perp import PERPConfig, parameter_count, retrain, training_windows
+from trisparse.retrain.perp import PERPConfig, parameter_count, retrain
 from trisparse.retrain.processes import process_count
 from trisparse.retrain.report import RetrainReport
 from trisparse.retrain.sparsity_schedule import SCHEDULES, SparsitySchedule, pattern_schedule
 from trisparse.sparsity.calibration import PROPAGATE, Propagate
+from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.mask import HoldsMask, Mask, MaskError, attach, check_masks, detach, mask_of
 from trisparse.sparsity.metric import Method, Score, find_metric
@@ -146,9 +147,7 @@ def prune_cycles(
     _check_nested(targets, patterns[0])
     if not config.allow_collapse:
         _check_sizes(targets, pattern)
-    own = config.retraining
-    batch = batch_settings(own, parameter_count(model))
-    windows, held_out = training_windows(model, data, validation, own, batch, tokenizer, runs=config.cycles)
+    windows, held_out = _windows(model, data, validation, config, tokenizer)
     cycles = _Cycles(model, targets, windows, windows if calibration is None else calibration, tokenizer, config)
     before = None if held_out is None else perplexity(model, held_out, seq_len=config.retraining.seq_len)
     rows: list[CycleReport] = []
@@ -338,3 +337,27 @@ def _restore(targets: Sequence[Target], weights: Sequence[Tensor], earlier: Mapp
         for target in targets:
             if (mask := earlier[target.name]) is not None:
                 attach(target.module, target.param, mask)
+
+
+def _windows(
+    model: Any, data: Any, validation: Any, config: CyclesConfig, tokenizer: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Windows to retrain on, [n, seq_len], and those to measure on."""
+    own = config.retraining
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and own.seq_len > longest:
+        raise ValueError(f"seq_len={own.seq_len} is more than the model's maximum of {longest} positions")
+    cut = {
+        "tokenizer": tokenizer,
+        "seq_len": own.seq_len,
+        "vocab_size": model.get_input_embeddings().weight.shape[0],
+    }
+    batch = batch_settings(own, parameter_count(model))
+    samples = config.cycles * own.steps * batch.windows * process_count()
+    windows = token_windows(data, samples=samples, seed=own.seed, **cut)
+    if len(windows) < batch.size:
+        raise ValueError(
+            f"data is shorter than one batch: {len(windows)} windows of seq_len={own.seq_len} tokens, and "
+            f"batch_size={batch.size}"
+        )
+    return windows, None if validation is None else token_windows(validation, **cut)

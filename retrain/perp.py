@@ -183,7 +183,7 @@ def retrain(
     batch = batch_settings(config, total)
     if teacher is not None:
         check_teacher(teacher, model)
-    windows, held_out = training_windows(model, data, validation, config, batch, tokenizer)
+    windows, held_out = _windows(model, data, validation, config, batch, tokenizer)
     identity = None
     if config.output_dir is not None:
         identity = run_identity(config, batch, dtype, model, windows, teacher=teacher, callbacks=callbacks)
@@ -318,17 +318,12 @@ def check_length(model: Any, config: PERPConfig) -> None:
         raise ValueError(f"seq_len={config.seq_len} is more than the model's maximum of {longest} positions")
 
 
-def training_windows(
-    model: Any, data: Any, validation: Any, config: PERPConfig, batch: BatchSettings, tokenizer: Any, *, runs: int = 1
+def _windows(
+    model: Any, data: Any, validation: Any, config: PERPConfig, batch: BatchSettings, tokenizer: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Windows to train on, [n, seq_len], enough for so many ``runs``, and those to validate on.
-
-    Raises:
-        ValueError: less data than one batch, a token that the model does not know, or windows beyond its context.
-    """
     check_length(model, config)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    samples = runs * config.steps * batch.windows * process_count()
+    samples = config.steps * batch.windows * process_count()
     cut = {"tokenizer": tokenizer, "seq_len": config.seq_len, "vocab_size": vocabulary}
     windows = token_windows(data, samples=samples, seed=config.seed, **cut)
     if len(windows) < batch.size:

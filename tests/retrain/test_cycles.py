@@ -11,11 +11,10 @@ import torch
 import transformers
 
 from trisparse.retrain import cycles as cycles_module
-from trisparse.retrain.batch_settings import batch_settings
 from trisparse.retrain.cycles import CyclesConfig, LayerCollapseError, prune_cycles
 from trisparse.retrain.freezing import GradualFreezing
 from trisparse.retrain.loop import RetrainError
-from trisparse.retrain.perp import parameter_count, retrain, training_windows
+from trisparse.retrain.perp import retrain
 from trisparse.sparsity.compression import compress
 from trisparse.sparsity.mask import Mask, MaskError, attach, check_masks, masks, masks_sha256
 from trisparse.sparsity.pattern import NM, Unstructured
@@ -137,8 +136,7 @@ def test_one_cycle_is_sparsify_and_retrain(dense, config, tokens):
     settings = config(cycles=1, method="wanda")
     one, two = dense(), dense()
     run(one, "50%", tokens, settings)
-    batch = batch_settings(settings.retraining, parameter_count(two))
-    windows = training_windows(two, tokens, None, settings.retraining, batch, None)[0]
+    windows = cycles_module._windows(two, tokens, None, settings, None)[0]
     sparsify(two, "50%", "wanda", windows, seq_len=16, progress=False)
     retrain(two, windows, settings.retraining, progress=False)
     assert masks_sha256(one) == masks_sha256(two)
