@@ -148,8 +148,9 @@ def test_the_paper_s_shares_of_resnet_50():
     assert shares["linear-probing"] == pytest.approx(0.0825, abs=0.0005)
 
 
-def test_the_steps_are_those_of_sgd(digits):
-    """Two steps by hand: Nesterov momentum, weight decay on everything, and the pruned weights at zero."""
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_steps_are_those_of_sgd(digits, clip):
+    """Two steps by hand: Nesterov momentum, weight decay, the pruned weights at zero, and the norm of the others."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     sparsify(model, "50% global", "magnitude", progress=False)
@@ -161,12 +162,16 @@ def test_the_steps_are_those_of_sgd(digits):
         loss = nn.functional.cross_entropy(nn.functional.linear(images.flatten(1), *params), labels)
         grads = torch.autograd.grad(loss, params)
         with torch.no_grad():
+            grads = [grads[0] * keep, grads[1]]
+            norm = torch.cat([grad.flatten() for grad in grads]).norm()
+            if clip:
+                assert norm > clip
+                grads = [grad * clip / norm for grad in grads]
             for param, grad, speed in zip(params, grads, velocity, strict=True):
                 grad = grad + 0.01 * param
                 speed.mul_(0.9).add_(grad)
                 param -= 0.2 * (1 - step / 2) * (grad + 0.9 * speed)
-            params[0].masked_fill_(~keep, 0)
-    config = VisionConfig("full", Linear(0.2, 0.0), weight_decay=0.01)
+    config = VisionConfig("full", Linear(0.2, 0.0), weight_decay=0.01, max_grad_norm=clip)
     report = retrain_vision(model, batches, config, progress=False)
     for param, expected in zip(model.parameters(), params, strict=True):
         torch.testing.assert_close(param, expected)
