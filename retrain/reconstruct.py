@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from trisparse.retrain.block_training import BlockTraining, TrainedBlock, in_fp32, relative_errors, run_block
+from trisparse.retrain.block_training import BlockTraining, TrainedBlock, hidden_dim, in_fp32, relative_errors, run_block
 from trisparse.retrain.dense_weights import DenseWeights, holding
 from trisparse.retrain.groups import ParameterGroups, head_of, parameter_groups
 from trisparse.retrain.loop import RetrainError
@@ -227,7 +227,7 @@ class _Reconstruction:
         kept = leaving is not None
         if leaving is None:
             leaving = self._outputs(block.module, calls)
-        after = _mean_error(leaving, targets)
+        after = self._mean_error(block.module, leaving, targets)
         self.hidden = leaving
         return BlockReport(block.name, trainable, before, after, time.perf_counter() - start, kept)
 
@@ -243,17 +243,13 @@ class _Reconstruction:
     ) -> tuple[int, list[Tensor] | None]:
         """Train the block; returns how many parameters did, and what leaves the block if it is the better for it."""
         original = {name: param.data for name, param in block.module.named_parameters()}
-        trained = None
         try:
-            with in_fp32(block.module):
-                trained = TrainedBlock(block.module, direct, lora, self.training)
-                trained.train(calls, self.hidden, targets, self.training, scale=before, on_step=on_step)
+            with in_fp32(block.module), TrainedBlock(block.module, direct, lora, self.training) as trained:
+                trained.train(calls, self.hidden, targets, scale=before, on_step=on_step)
                 trained.keep()
             leaving = self._outputs(block.module, calls)
-            kept = _mean_error(leaving, targets) < before
+            kept = self._mean_error(block.module, leaving, targets) < before
         except BaseException:
-            if trained is not None:
-                trained.undo()
             _put_back(block.module, original)
             raise
         if kept:
@@ -283,13 +279,13 @@ class _Reconstruction:
 
     def _error(self, block: nn.Module, calls: Sequence[BlockCall], targets: Sequence[Tensor]) -> float:
         outputs = (self._output(block, *pair) for pair in zip(calls, self.hidden, strict=True))
-        return _mean_error(outputs, targets)
+        return self._mean_error(block, outputs, targets)
 
-
-def _mean_error(outputs: Iterable[Tensor], targets: Sequence[Tensor]) -> float:
-    """Mean relative error over the tokens of all batches."""
-    errors = [relative_errors(output, target) for output, target in zip(outputs, targets, strict=True)]
-    return sum(float(e.sum(dtype=torch.float64)) for e in errors) / sum(e.numel() for e in errors)
+    def _mean_error(self, block: nn.Module, outputs: Iterable[Tensor], targets: Sequence[Tensor]) -> float:
+        """Mean relative error over the tokens of all batches."""
+        dim = hidden_dim(block, targets[0])
+        errors = [relative_errors(output, target, dim) for output, target in zip(outputs, targets, strict=True)]
+        return sum(float(e.sum(dtype=torch.float64)) for e in errors) / sum(e.numel() for e in errors)
 
 
 def _put_back(block: nn.Module, original: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from trisparse.retrain.lora_layer import VARIANTS, Variant
 from trisparse.retrain.schedule import Linear, Schedule
 from trisparse.retrain.vision_groups import GROUPS, PRESETS, VisionGroups, logits_of, vision_groups
 from trisparse.retrain.vision_loop import train
-from trisparse.retrain.vision_lora import LayerAdapters
+from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.retrain.vision_report import VisionReport
 from trisparse.sparsity.mask import HoldsMask, check_masks
 from trisparse.sparsity.modes import evaluating

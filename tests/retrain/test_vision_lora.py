@@ -14,7 +14,7 @@ from trisparse.retrain.loop import RetrainError
 from trisparse.retrain.lora import MaskLoraConv2d
 from trisparse.retrain.schedule import Linear
 from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
-from trisparse.retrain.vision_lora import LayerAdapters
+from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.sparsity.mask import check_masks, detach, masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
 
