@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from trisparse.retrain.block_training import BlockTraining, TrainedBlock, hidden_dim, in_fp32, relative_errors, run_block
 from trisparse.retrain.dense_weights import DenseWeights, holding
-from trisparse.retrain.groups import ParameterGroups, head_of, parameter_groups
+from trisparse.retrain.groups import ParameterGroups, group_names, head_of, parameter_groups
 from trisparse.retrain.loop import RetrainError
 from trisparse.retrain.reconstruct_report import BlockReport, ReconstructReport
 from trisparse.retrain.report import PeakMemory
@@ -83,11 +83,7 @@ class ReconstructConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups, str) or not self.groups or set(self.groups) - set(_GROUPS):
-            raise ValueError(f"groups must be one or more of {', '.join(_GROUPS)}, got {self.groups!r}")
-        object.__setattr__(self, "groups", tuple(group for group in _GROUPS if group in self.groups))
-        if "full" in self.groups and len(self.groups) > 1:
-            raise ValueError(f"groups 'full' trains everything in a block: give it alone, got {self.groups!r}")
+        object.__setattr__(self, "groups", group_names(self.groups, presets={}, allowed=_GROUPS))
         for name, allowed in (("targets", _TARGETS), ("dtype", _DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -140,7 +136,7 @@ def reconstruct(
             to where the model was reconstructed; no block is left half done.
     """
     start = time.perf_counter()
-    blocks, groups = _checked(model, config)
+    blocks, groups, missing = _checked(model, config)
     weights = DenseWeights(dense, model)
     inside = {block.name: [f"{block.name}.{name}" for name, _ in block.module.named_parameters()] for block in blocks}
     head = head_of(model)  # it may have been untied from the embedding since, and does not matter here
@@ -184,6 +180,7 @@ def reconstruct(
         peak_memory_bytes=memory.bytes,
         total_parameters=sum(param.numel() for param in model.parameters()),
         blocks=rows,
+        missing=missing,
         not_covered=list(groups.not_covered) if "lora" in config.groups else [],
     )
 
@@ -324,8 +321,8 @@ def _captured(
         return calls, hidden, capture(model, blocks, batches, chain)[1]
 
 
-def _checked(model: nn.Module, config: ReconstructConfig) -> tuple[list[Block], ParameterGroups]:
-    """The blocks of ``model`` and its groups; see :func:`reconstruct` for what raises."""
+def _checked(model: nn.Module, config: ReconstructConfig) -> tuple[list[Block], ParameterGroups, list[str]]:
+    """The blocks of ``model``, its groups and those that the blocks lack; :func:`reconstruct` says what raises."""
     if is_peft_wrapped(model):
         raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
     if any(param.is_meta for param in model.parameters()):
@@ -351,11 +348,12 @@ def _checked(model: nn.Module, config: ReconstructConfig) -> tuple[list[Block], 
         if first != name and any(n.startswith(f"{block.name}.") for block in blocks for n in (first, name)):
             raise ValueError(f"{name} is shared with {first}: a block that trains would change another")
     groups = parameter_groups(model)
-    if "full" not in config.groups:
-        members = {"biases": groups.biases, "norms": groups.norms, "lora": groups.lora}
-        if not any(name.startswith(f"{block.name}.") for g in config.groups for name in members[g] for block in blocks):
-            raise ValueError(f"model has nothing to train in groups={tuple(config.groups)} inside its blocks")
-    return blocks, groups
+    members = {"biases": groups.biases, "norms": groups.norms, "lora": groups.lora, "full": groups.full}
+    inside = tuple(f"{block.name}." for block in blocks)
+    missing = [group for group in config.groups if not any(name.startswith(inside) for name in members[group])]
+    if len(missing) == len(config.groups):
+        raise ValueError(f"model has nothing to train in groups={tuple(config.groups)} inside its blocks")
+    return blocks, groups, missing
 
 
 def _autocast_dtype(model: nn.Module, config: ReconstructConfig) -> torch.dtype | None:

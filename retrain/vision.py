@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from trisparse.retrain.batchnorm import batch_norms, recalibrate
+from trisparse.retrain.groups import VISION_PRESETS, group_names
 from trisparse.retrain.images import LabelledBatches, batches_of, check_labels, labels_of
 from trisparse.retrain.loop import RetrainError, Watch, autocast, random_state_kept
 from trisparse.retrain.lora import fills_zeros
 from trisparse.retrain.lora_layer import VARIANTS, Variant
 from trisparse.retrain.schedule import Linear, Schedule
-from trisparse.retrain.vision_groups import GROUPS, PRESETS, VisionGroups, logits_of, vision_groups
+from trisparse.retrain.vision_groups import VisionGroups, logits_of, vision_groups
 from trisparse.retrain.vision_loop import train
 from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.retrain.vision_report import VisionReport
@@ -79,18 +80,9 @@ class VisionConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups, str):
-            if self.groups not in PRESETS:
-                raise ValueError(
-                    f"groups must be one of {', '.join(PRESETS)}, or a sequence of {', '.join(GROUPS)}, "
-                    f"got {self.groups!r}"
-                )
-        elif not self.groups or set(self.groups) - set(GROUPS):
-            raise ValueError(f"groups must be one or more of {', '.join(GROUPS)}, got {self.groups!r}")
-        elif "full" in self.groups and len(set(self.groups)) > 1:
-            raise ValueError(f"groups must be 'full' alone, which holds the others, got {self.groups!r}")
-        else:  # the order of GROUPS, each once
-            object.__setattr__(self, "groups", tuple(group for group in GROUPS if group in self.groups))
+        names = group_names(self.groups, VISION_PRESETS)
+        if not isinstance(self.groups, str):  # a preset may lack some of its groups, names are all wanted
+            object.__setattr__(self, "groups", names)
         if not isinstance(self.schedule, Schedule):
             raise ValueError(f"schedule must be a Schedule such as Linear(0.1), got {self.schedule!r}")
         if self.variant not in VARIANTS:

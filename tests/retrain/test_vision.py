@@ -18,9 +18,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 import trisparse
 from trisparse.bench import digits as bench
 from trisparse.retrain import vision_loop
+from trisparse.retrain.groups import VISION_PRESETS
 from trisparse.retrain.schedule import ALLR, Linear, pruning_change
 from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
-from trisparse.retrain.vision_groups import PRESETS, vision_groups
+from trisparse.retrain.vision_groups import vision_groups
 from trisparse.sparsity.mask import check_masks, masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
 
@@ -53,7 +54,7 @@ def test_each_preset_brings_back_more(dense, pruned, digits):
     schedule = ALLR(bench.ORIGINAL, pruning_change(dense, pruned), epochs=2)
     assert schedule.discount > 2 / EPOCHS
     after, share = {}, {}
-    for preset in PRESETS:
+    for preset in VISION_PRESETS:
         model = copy.deepcopy(pruned)
         config = VisionConfig(preset, schedule, epochs=2, batch_size=64)
         report = retrain_vision(model, train, config, validation=test, progress=False)
@@ -75,7 +76,7 @@ def test_each_preset_brings_back_more(dense, pruned, digits):
     assert share["full"] == 1
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", VISION_PRESETS)
 def test_only_the_group_changes(pruned, digits, preset):
     model = copy.deepcopy(pruned)
     model.resnet.encoder.requires_grad_(False)
@@ -263,6 +264,7 @@ def test_the_report(pruned, digits):
 _TWO_PROCESSES = """
 import json, sys, torch
 from torch import nn
+from trisparse.retrain.groups import VISION_PRESETS
 from trisparse.retrain.schedule import Linear
 from trisparse.retrain.vision import VisionConfig, retrain_vision
 from trisparse.sparsity.mask import check_masks

@@ -142,3 +142,5 @@ def test_what_lora_does_not_reach_is_named(digits):
     report = retrain_vision(model, digits[0], VisionConfig(("head", "lora"), **QUICK), progress=False)
     assert report.not_covered == ["first.weight: Conv1d [8x8x3] is no nn.Linear, Conv1D or Conv2d"]
     assert report.trainable["lora"] == 4 * (4 + 9)
+    assert "not covered" in str(report)
+    assert "Conv1d [8x8x3] is no nn.Linear" in str(report)

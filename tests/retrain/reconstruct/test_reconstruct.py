@@ -104,6 +104,13 @@ def test_only_the_groups_asked_for_change(pair, run, state, tokens, groups, chan
     assert all(not torch.signbit(model.get_parameter(n)[~m.dense()]).any() for n, m in masks(model).items())
 
 
+def test_a_group_that_all_blocks_have_is_not_missing(pair, run, tokens):
+    dense, model = pair("opt")
+    report = run(model, dense, tokens, steps=1)
+    assert report.missing == []
+    assert "missing" not in str(report)
+
+
 def test_trainable_is_counted(pair, run, tokens):
     dense, model = pair()
     report = run(model, dense, tokens, steps=1, groups=("norms", "lora"))
@@ -238,6 +245,8 @@ def test_report_serialises(pair, run, tokens):
     assert read["error_after"] == pytest.approx(sum(b.error_after for b in report.blocks) / 3)
     assert read["samples"] == 8
     assert "model.layers.2" in str(report)
+    assert read["missing"] == ["biases"]
+    assert "missing: the blocks have no biases" in str(report)
     assert report.peak_memory_bytes > 0
 
 

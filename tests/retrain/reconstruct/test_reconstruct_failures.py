@@ -149,7 +149,7 @@ def test_shared_blocks_are_refused(pair, run, tokens):
         ({"groups": ("head",)}, "groups must be one or more of biases, norms, lora, full"),
         ({"groups": ()}, "groups must be one or more"),
         ({"groups": "lora"}, "groups must be one or more"),
-        ({"groups": ("full", "norms")}, "groups 'full' trains everything"),
+        ({"groups": ("full", "norms")}, "groups must be 'full' alone"),
         ({"targets": "both"}, "targets must be one of dense, sparse, got 'both'"),
         ({"dtype": "fp16"}, "dtype must be one of auto, fp32, bf16"),
         ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
