@@ -7,7 +7,6 @@ batch norms' statistics are recalibrated at the end, when the weights are final.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from trisparse.retrain.images import LabelledBatches, batches_of, check_labels, 
 from trisparse.retrain.loop import RetrainError, Watch, autocast, random_state_kept
 from trisparse.retrain.lora import fills_zeros
 from trisparse.retrain.lora_layer import VARIANTS, Variant
+from trisparse.retrain.processes import check_launcher, process_count
 from trisparse.retrain.schedule import Linear, Schedule
 from trisparse.retrain.vision_groups import VisionGroups, logits_of, vision_groups
 from trisparse.retrain.vision_loop import train
@@ -122,6 +122,10 @@ def retrain_vision(
     What can be seen to be wrong with the arguments raises before anything changes, and a failure or an interrupt
     while training leaves the model as it was, but for ``.grad``, which is cleared. Modes and flags are put back.
 
+    Under ``torchrun`` every process calls this with the same arguments and holds the whole model. They share the batches
+    among them (DDP) and end with the same weights and the same statistics: recalibrated over all the data, or the first
+    process's, as DDP has it in every forward.
+
     Args:
         model: maps pixel values [batch, channels, height, width], its first argument, to logits [batch, classes]: a
             tensor, an output with ``logits`` such as that of transformers' image classifiers, or a tuple.
@@ -135,6 +139,7 @@ def retrain_vision(
         MaskError: a pruned weight is not zero.
         RetrainError: the loss, the gradient or a trained parameter became NaN or infinite.
     """
+    check_launcher()
     _check(model)
     batches = batches_of(data, config.batch_size, train=True, seed=config.seed, num_workers=config.num_workers)
     held_out = None if validation is None else _held_out(validation, config)
@@ -155,8 +160,8 @@ def retrain_vision(
         if (labels := labels_of(part)) is not None:
             check_labels(labels, groups.classes)
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets it; they share the batches among them
-    steps = config.epochs * -(-len(batches) // processes) if groups.trained else 0
+    # several processes share the batches among them
+    steps = config.epochs * -(-len(batches) // process_count()) if groups.trained else 0
     watch = Watch(steps, progress=progress and steps > 0)
     accuracies = []
     with random_state_kept(), _restored_on_failure(model, groups):

@@ -7,7 +7,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -90,3 +90,11 @@ def train(
         trainer.batches, trainer.autocast_dtype = batches, dtype
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    _same_buffers(model)
+
+
+def _same_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of the first: DDP does so before a forward, and after the last they differ."""
+    if distributed.is_available() and distributed.is_initialized():
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, src=0)

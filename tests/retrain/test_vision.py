@@ -278,13 +278,21 @@ config = VisionConfig("full", Linear(0.1, 0.0), epochs=2, batch_size=int(sys.arg
 report = retrain_vision(model, (images, labels), config, validation=(images, labels), progress=False)
 check_masks(model)
 weights = [param.flatten()[:20].tolist() for param in model.parameters()]
+
+normed = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+other = VisionConfig("norms", Linear(0.1, 0.0), batch_size=int(sys.argv[1]), recalibrate=False)
+accuracies = retrain_vision(normed, (images, labels), other, validation=(images, labels), progress=False).accuracy
+state = {name: value.flatten().tolist() for name, value in normed.state_dict().items()}
 with open(f"{sys.argv[2]}/{torch.distributed.get_rank() if torch.distributed.is_initialized() else 'one'}", "w") as out:
-    json.dump([report.losses, weights, report.accuracy], out)
+    json.dump([report.losses, weights, report.accuracy, state, accuracies], out)
 """
 
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    """DDP over gloo: 2 x 8 images a step are one process's 16, and the masks hold in both."""
+    """DDP over gloo: 2 x 8 images a step are one process's 16, the masks hold, and both end with the same model.
+
+    With batch norms, too, which are not recalibrated and have seen different images in each process.
+    """
     script = tmp_path / "train.py"
     script.write_text(_TWO_PROCESSES)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -299,3 +307,12 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     for ours, theirs in zip(first[1], one[1], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
     assert first[2] == one[2]
+    assert first[3]["1.num_batches_tracked"] == [3]
+    assert any(abs(mean) > 1e-3 for mean in first[3]["1.running_mean"])
+
+
+def test_sharded_weights_are_refused(digits, monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP"):
+        retrain_vision(model, digits[0], progress=False)
