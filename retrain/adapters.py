@@ -48,8 +48,8 @@ def _untie(model: Any, head: str, layer: nn.Module) -> int:
 class Adapted:
     """A model under PERP's adapters, with what it takes to restore it.
 
-    Norms are PEFT's ``modules_to_save``, biases its ``bias="all"``: so the adapter checkpoints that the
-    Trainer writes hold everything that trains. Norms and biases of a half-precision model train in fp32.
+    Norms are PEFT's ``modules_to_save``, biases its ``bias="all"``: so an adapter folder holds everything that trains.
+    Norms and biases of a half-precision model train in fp32.
 
     Args:
         model: a transformers model.
@@ -78,6 +78,7 @@ class Adapted:
 
         self._modules = {name: model.get_submodule(name) for name in (*self.norms, *self.lora)}
         self._state = ModelState(model)
+        self._training = model.training
         self.trainable = trainable_parameters(model, groups, wanted, rank)
         self._biases = [(model.get_parameter(name), model.get_parameter(name).data.clone()) for name in biases]
         try:
@@ -144,6 +145,7 @@ class Adapted:
                     trained.data = trained.data.to(own.dtype)
             for param, before in self._biases:
                 param.data = param.data.to(before.dtype)
+            self.peft.train(self._training)  # what the adapters added, too
             self._state.restore(frozen=True)
 
     def merge(self) -> int:

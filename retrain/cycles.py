@@ -87,6 +87,8 @@ class CyclesConfig:
                 raise ValueError(f"{name} must be {described}, got {getattr(self, name)!r}")
         if self.retraining.learning_rate == "grid":
             raise ValueError("retraining.learning_rate must be a number, got 'grid', which is for one retraining")
+        if not self.retraining.merge:
+            raise ValueError("retraining.merge must be True, got False: a cycle prunes merged weights")
         if self.retraining.resume:
             raise ValueError("retraining.resume must be False, got True: cycles start anew")
         if self.freezing is not None and process_count() > 1:

@@ -24,6 +24,7 @@ class FullWeights:
     Args:
         model: a model without compressed layers.
         folder: where the temporary file is made; the system's place for such files by default.
+        kept: False for a model that will not train, which then has no file.
 
     Attributes:
         module: the model, to train.
@@ -33,18 +34,19 @@ class FullWeights:
     module: nn.Module
     trainable: dict[str, int]
 
-    def __init__(self, model: Any, folder: str | Path | None = None) -> None:
+    def __init__(self, model: Any, folder: str | Path | None = None, *, kept: bool = True) -> None:
         self.module = model
         self._state = ModelState(model)
         self._params: list[tuple[nn.Parameter, torch.dtype]] = [(param, param.dtype) for param in model.parameters()]
         self._held = ExitStack()
-        if folder is not None:
+        if kept and folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by merge or discard)
+        self._file = tempfile.TemporaryFile(dir=folder) if kept else None  # noqa: SIM115 (closed by merge or discard)
         try:
-            for param, _ in self._params:
-                self._file.write(_bytes(param.detach().cpu()))
-            self._file.flush()
+            if self._file is not None:
+                for param, _ in self._params:
+                    self._file.write(_bytes(param.detach().cpu()))
+                self._file.flush()
             for param, _ in self._params:
                 param.data = param.data.float()
                 param.requires_grad_(True)
@@ -79,7 +81,10 @@ class FullWeights:
     def discard(self) -> None:
         """Put every weight back as it was."""
         with interrupt_after(), torch.no_grad():
-            if self._file.tell() == sum(param.numel() * dtype.itemsize for param, dtype in self._params):
+            if self._file is None:
+                for param, dtype in self._params:
+                    param.data = param.data.to(dtype)
+            elif self._file.tell() == sum(param.numel() * dtype.itemsize for param, dtype in self._params):
                 self._file.seek(0)
                 for param, dtype in self._params:
                     before = torch.empty(param.shape, dtype=dtype)
@@ -89,7 +94,8 @@ class FullWeights:
             self._release()
 
     def _release(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._held.close()
         self._state.restore()
 

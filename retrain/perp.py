@@ -51,9 +51,10 @@ class PERPConfig:
         rank: rank of every LoRA.
         alpha: the LoRAs' scaling is s = alpha / rank; "scale_lora" has none.
         targets: names of the pruned layers that get a LoRA, shell-style patterns such as "q_proj" or "model.layers.0";
-            None is all.
+            None is all. The paper's Table 1 is ("q_proj", "v_proj"), which trains less than a third of that.
         merge: whether the adapters are merged in the end. False leaves them on the model, under which it stays frozen;
-            ``report.peft_model`` saves them. The variant "lora" demands it, unless whole rows are pruned.
+            ``report.peft_model.save_pretrained(folder, save_embedding_layers=False)`` saves them. The variant "lora"
+            demands it, unless whole rows are pruned.
         learning_rate: AdamW's peak; "grid" tries ``learning_rates`` and takes the one of the lowest validation loss.
         learning_rates: of the grid; by default the paper's.
         grid_steps: steps of each of its short runs, with a warm-up and a decay of their own.
@@ -71,12 +72,13 @@ class PERPConfig:
             alone); "auto" is bf16 where it is the faster one, or where the model is in bf16.
         output_dir: folder for the Trainer's checkpoints; none are written without it.
         save_steps: steps from one checkpoint to the next; None is a tenth of the steps. The last step has one too.
+        save_total_limit: checkpoints of the run that stay, the last ones; None is all.
         resume: go on from the last complete checkpoint of the same run in ``output_dir``.
         guard_every: check after every so many steps that each pruned weight is zero; None only at the end.
         distillation_weight: α of the teacher's part of the loss, if there is a teacher; see
             :mod:`trisparse.retrain.distillation`.
         temperature: T of the same.
-        report_to: Trainer's integrations, such as ("wandb",) or ("tensorboard",).
+        report_to: Trainer's integrations, such as ("wandb",) or ("tensorboard",); some need ``output_dir``.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -103,6 +105,7 @@ class PERPConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     output_dir: str | Path | None = None
     save_steps: int | None = None
+    save_total_limit: int | None = 2
     resume: bool = False
     guard_every: int | None = None
     distillation_weight: float = 0.5
@@ -170,7 +173,8 @@ def retrain(
         teacher: the dense model, on the same device, to distil from; stays as it is.
         progress: show a progress bar on stderr.
         callbacks: of the Trainer, such as :class:`trisparse.retrain.freezing.FreezingCallback`; not of the grid's
-            short runs.
+            short runs. What the method ``identity`` of one returns must be the same when a run resumes; one without
+            it is not compared.
 
     Raises:
         ValueError: the model, the data or the checkpoints do not fit ``config``.
@@ -178,6 +182,7 @@ def retrain(
         RetrainError: the loss, the gradient or a trained parameter became NaN or infinite.
     """
     check_launcher()
+    check_grid(config, validation)
     groups = parameter_groups_for(model, config)
     dtype = autocast_dtype(model, config)
     total = parameter_count(model)
@@ -185,11 +190,9 @@ def retrain(
     if teacher is not None:
         check_teacher(teacher, model)
     windows, held_out = _windows(model, data, validation, config, batch, tokenizer)
-    if config.learning_rate == "grid" and held_out is None:
-        raise ValueError("learning_rate='grid' chooses by the loss on validation data: pass validation")
     identity = None
     if config.output_dir is not None:
-        identity = run_identity(config, batch, model, windows, teacher=teacher is not None)
+        identity = run_identity(config, batch, dtype, model, windows, teacher=teacher, callbacks=callbacks)
     resume_from, chosen = last_checkpoint(Path(str(config.output_dir)), identity) if config.resume else (None, {})
     run = Run(model, groups, windows, held_out, config, batch, dtype, teacher, progress)
 
@@ -199,7 +202,7 @@ def retrain(
         if chosen["learning_rate"] == "grid":
             rate, tried = choose_learning_rate(config.learning_rates, run.validation_loss_of)
             chosen = {"learning_rate": rate, "grid": list(tried.items())}
-        mark = () if config.output_dir is None else (MarkComplete(identity, chosen),)
+        mark = () if config.output_dir is None else (MarkComplete(identity, chosen, config.save_total_limit),)
         watch, memory, adapted, losses = run.train(
             config, chosen["learning_rate"], resume_from=resume_from, callbacks=(*callbacks, *mark)
         )
@@ -306,6 +309,12 @@ def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:
     if config.dtype == "bf16" or (config.dtype == "auto" and bf16_is_fast(device)):
         return torch.bfloat16
     return None
+
+
+def check_grid(config: PERPConfig, validation: Any) -> None:
+    """Raise a ValueError where the learning rate is to be chosen by a loss that is not measured."""
+    if config.learning_rate == "grid" and validation is None:
+        raise ValueError("learning_rate='grid' chooses by the loss on validation data: pass validation")
 
 
 def check_length(model: Any, config: PERPConfig) -> None:

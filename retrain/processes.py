@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import distributed
@@ -14,6 +16,17 @@ def process_count() -> int:
     LOCAL_RANK is what accelerate goes by: a scheduler may set WORLD_SIZE alone.
     """
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+@contextmanager
+def launcher_alone() -> Iterator[None]:
+    """Hide WORLD_SIZE where :func:`process_count` does not count it: on the CPU accelerate waits for the others."""
+    hidden = None if "LOCAL_RANK" in os.environ else os.environ.pop("WORLD_SIZE", None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ["WORLD_SIZE"] = hidden
 
 
 def is_main_process() -> bool:

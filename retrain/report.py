@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from rich.console import Console
 from rich.table import Table
+
+from trisparse.sparsity.report import as_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -167,7 +168,4 @@ class RetrainReport:
             table.add_row("effective sparsity", f"{self.effective_sparsity:.2%}")
         for line in self.not_covered:
             table.add_row("not covered", line)
-        console = Console(width=110, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
+        return as_text(table, width=110)
