@@ -25,15 +25,22 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from trisparse.retrain.block_training import BlockTraining, TrainedBlock, hidden_dim, in_fp32, relative_errors, run_block
+from trisparse.retrain.block_training import (
+    BlockTraining,
+    TrainedBlock,
+    hidden_dim,
+    in_fp32,
+    relative_errors,
+    run_block,
+)
 from trisparse.retrain.dense_weights import DenseWeights, holding
 from trisparse.retrain.groups import ParameterGroups, group_names, head_of, parameter_groups
 from trisparse.retrain.loop import RetrainError
+from trisparse.retrain.precision import computing_dtype
 from trisparse.retrain.reconstruct_report import BlockReport, ReconstructReport
 from trisparse.retrain.report import PeakMemory
 from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
 from trisparse.sparsity.capture import Batch, BlockCall, BlocksNotChainedError, capture, probe
-from trisparse.sparsity.hardware import bf16_is_fast
 from trisparse.sparsity.mask import HoldsMask, check_masks, masks
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
@@ -157,9 +164,8 @@ def reconstruct(
     bar = progress_bar("reconstruction", len(blocks) * config.steps, enabled=progress)
     with evaluating(model), torch.no_grad(), PeakMemory(device) as memory, bar as advance:
         calls, hidden, wanted = _captured(model, blocks, batches, weights, inside)
-        training = BlockTraining(
-            config.steps, config.learning_rate, config.rank, config.alpha, config.seed, _autocast_dtype(model, config)
-        )
+        dtype = computing_dtype(config.dtype, device, {param.dtype for param in model.parameters()})
+        training = BlockTraining(config.steps, config.learning_rate, config.rank, config.alpha, config.seed, dtype)
         reconstruction = _Reconstruction(
             weights, groups, config, training, hidden, wanted if config.targets == "dense" else None
         )
@@ -354,10 +360,3 @@ def _checked(model: nn.Module, config: ReconstructConfig) -> tuple[list[Block], 
     if len(missing) == len(config.groups):
         raise ValueError(f"model has nothing to train in groups={tuple(config.groups)} inside its blocks")
     return blocks, groups, missing
-
-
-def _autocast_dtype(model: nn.Module, config: ReconstructConfig) -> torch.dtype | None:
-    if config.dtype != "auto":
-        return torch.bfloat16 if config.dtype == "bf16" else None
-    half = any(param.dtype == torch.bfloat16 for param in model.parameters())
-    return torch.bfloat16 if half or bf16_is_fast(next(model.parameters()).device) else None

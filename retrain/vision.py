@@ -19,14 +19,15 @@ from transformers import set_seed
 from trisparse.retrain.batchnorm import batch_norms, recalibrate
 from trisparse.retrain.groups import VISION_PRESETS, group_names
 from trisparse.retrain.images import LabelledBatches, batches_of, check_labels, labels_of
+from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.retrain.loop import RetrainError, Watch, autocast, random_state_kept
 from trisparse.retrain.lora import fills_zeros
 from trisparse.retrain.lora_layer import VARIANTS, Variant
+from trisparse.retrain.precision import computing_dtype
 from trisparse.retrain.processes import check_launcher, process_count
 from trisparse.retrain.schedule import Linear, Schedule
 from trisparse.retrain.vision_groups import VisionGroups, logits_of, vision_groups
 from trisparse.retrain.vision_loop import train
-from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.retrain.vision_report import VisionReport
 from trisparse.sparsity.mask import HoldsMask, check_masks
 from trisparse.sparsity.modes import evaluating
@@ -122,9 +123,9 @@ def retrain_vision(
     What can be seen to be wrong with the arguments raises before anything changes, and a failure or an interrupt
     while training leaves the model as it was, but for ``.grad``, which is cleared. Modes and flags are put back.
 
-    Under ``torchrun`` every process calls this with the same arguments and holds the whole model. They share the batches
-    among them (DDP) and end with the same weights and the same statistics: recalibrated over all the data, or the first
-    process's, as DDP has it in every forward.
+    Under ``torchrun`` every process calls this with the same arguments and holds the whole model. They share the
+    batches among them (DDP) and end with the same weights and the same statistics: recalibrated over all the data, or
+    the first process's, as DDP has it in every forward.
 
     Args:
         model: maps pixel values [batch, channels, height, width], its first argument, to logits [batch, classes]: a
@@ -143,10 +144,12 @@ def retrain_vision(
     _check(model)
     batches = batches_of(data, config.batch_size, train=True, seed=config.seed, num_workers=config.num_workers)
     held_out = None if validation is None else _held_out(validation, config)
+    device = _device(model)
+    dtype = computing_dtype(config.dtype, device)
     norms = batch_norms(model)
     if config.groups == "bn-recalibrate" and not norms:
         raise ValueError("groups='bn-recalibrate' needs a batch norm with running statistics, the model has none")
-    with random_state_kept(), autocast(_device(model), _autocast_dtype(config)):
+    with random_state_kept(), autocast(device, dtype):
         groups = vision_groups(model, _names(config), next(batches.images()))
     if config.variant == "lora" and (full := [name for name in groups.lora if fills_zeros(model.get_submodule(name))]):
         raise ValueError(
@@ -173,11 +176,11 @@ def retrain_vision(
             trained.update(adapters.parameters)
             if steps:
                 with watch:
-                    train(model, trained, batches, config, watch, steps=steps, dtype=_autocast_dtype(config))
+                    train(model, trained, batches, config, watch, steps=steps, dtype=dtype)
             adapters.merge()
             recalibrated = 0
             if config.recalibrate and norms:
-                with autocast(_device(model), _autocast_dtype(config)):
+                with autocast(device, dtype):
                     recalibrated = recalibrate(model, batches.images())
             _check_finite(model, groups, steps)
             if held_out is not None:
@@ -220,7 +223,7 @@ def accuracy(model: nn.Module, data: Any, *, batch_size: int = 256) -> float:
 def _accuracy(model: nn.Module, batches: LabelledBatches, config: VisionConfig = _DEFAULT) -> float:
     device = _device(model)
     right = total = 0
-    with evaluating(model), autocast(device, _autocast_dtype(config)):
+    with evaluating(model), autocast(device, computing_dtype(config.dtype, device)):
         for batch in batches:
             logits = logits_of(model(batch["pixel_values"].to(device)))
             check_labels(batch["labels"], logits.shape[1])
@@ -239,10 +242,6 @@ def _names(config: VisionConfig) -> str | tuple[str, ...]:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _autocast_dtype(config: VisionConfig) -> torch.dtype | None:
-    return torch.bfloat16 if config.dtype == "bf16" else None
 
 
 def _check(model: nn.Module) -> None:

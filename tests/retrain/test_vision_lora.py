@@ -10,11 +10,11 @@ from torch import nn
 
 from trisparse.bench import digits as bench
 from trisparse.retrain import vision
+from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.retrain.loop import RetrainError
 from trisparse.retrain.lora import MaskLoraConv2d
 from trisparse.retrain.schedule import Linear
 from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
-from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.sparsity.mask import check_masks, detach, masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
 

@@ -130,7 +130,7 @@ def test_of_whole_rows_the_kept_ones_alone_train(pair, run, tokens):
 
 @pytest.fixture
 def convolutional():
-    """A dense and a pruned ConvNeXt of two stages, its blocks, with images; it has convolutions of one filter a channel."""
+    """A dense and a pruned ConvNeXt of two stages, its blocks, and images; its convolutions have a filter a channel."""
     torch.manual_seed(0)
     settings = transformers.ConvNextConfig(
         num_channels=3, patch_size=2, num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], layer_scale_init_value=1.0
