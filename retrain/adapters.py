@@ -29,7 +29,7 @@ def other_ties(model: Any, head: str) -> list[str]:
     return [key for key, source in getattr(model, "all_tied_weights_keys", {}).items() if own not in (key, source)]
 
 
-def _untie(model: Any, head: str, layer: nn.Module) -> int:
+def untie(model: Any, head: str, layer: nn.Module) -> int:
     """Give the head ``layer`` a weight of its own, for saving and loading too; returns the parameters added."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
@@ -156,7 +156,7 @@ class Adapted:
             self._state.restore()
             if self.head and is_tied(self.model, self.head):
                 wrapper: Any = self.model.get_submodule(self.head)
-                added = _untie(self.model, self.head, wrapper.get_base_layer())
+                added = untie(self.model, self.head, wrapper.get_base_layer())
             self.peft.merge_and_unload()
             # the norms' own modules back, with the trained values: whoever holds one keeps holding the model's
             for name, values in trained.items():

@@ -26,12 +26,12 @@ from trisparse.retrain.loop_options import LEARNING_RATES, check_loop_options
 from trisparse.retrain.lora import fills_zeros
 from trisparse.retrain.lora_layer import VARIANTS, Variant
 from trisparse.retrain.lr_grid import choose_learning_rate
+from trisparse.retrain.precision import computing_dtype
 from trisparse.retrain.processes import check_launcher, process_count
 from trisparse.retrain.report import RetrainReport
 from trisparse.retrain.run import Run
 from trisparse.retrain.run_folder import MarkComplete, last_checkpoint, run_identity
 from trisparse.sparsity.data import token_windows
-from trisparse.sparsity.hardware import bf16_is_fast
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import check_masks, masks
 from trisparse.sparsity.modes import evaluating
@@ -183,7 +183,7 @@ def retrain(
     batch = batch_settings(config, total)
     if teacher is not None:
         check_teacher(teacher, model)
-    windows, held_out = _windows(model, data, validation, config, batch, tokenizer)
+    windows, held_out = training_windows(model, data, validation, config, batch, tokenizer)
     identity = None
     if config.output_dir is not None:
         identity = run_identity(config, batch, dtype, model, windows, teacher=teacher, callbacks=callbacks)
@@ -290,19 +290,11 @@ def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:
     dtypes = {param.dtype for param in model.parameters()} | {layer.values.dtype for layer in _compressed_layers(model)}
     if torch.float16 in dtypes:
         raise ValueError("model is in fp16, whose gradients underflow: load it in bf16 or fp32")
-    if torch.bfloat16 in dtypes:
-        if config.dtype in ("fp32", "fp16"):
-            raise ValueError(
-                f"dtype={config.dtype!r} needs a model in fp32, this one is in bf16: call model.float() first"
-            )
-        return torch.bfloat16
-    if config.dtype == "fp16":
-        if device.type != "cuda":
-            raise ValueError(f"dtype='fp16' needs a model on CUDA, this one is on {device}: take 'bf16' or 'fp32'")
-        return torch.float16
-    if config.dtype == "bf16" or (config.dtype == "auto" and bf16_is_fast(device)):
-        return torch.bfloat16
-    return None
+    if torch.bfloat16 in dtypes and config.dtype in ("fp32", "fp16"):
+        raise ValueError(f"dtype={config.dtype!r} needs a model in fp32, this one is in bf16: call model.float() first")
+    if config.dtype == "fp16" and device.type != "cuda":
+        raise ValueError(f"dtype='fp16' needs a model on CUDA, this one is on {device}: take 'bf16' or 'fp32'")
+    return computing_dtype(config.dtype, device, dtypes)
 
 
 def check_grid(config: PERPConfig, validation: Any) -> None:
@@ -318,12 +310,24 @@ def check_length(model: Any, config: PERPConfig) -> None:
         raise ValueError(f"seq_len={config.seq_len} is more than the model's maximum of {longest} positions")
 
 
-def _windows(
-    model: Any, data: Any, validation: Any, config: PERPConfig, batch: BatchSettings, tokenizer: Any
+def training_windows(
+    model: Any,
+    data: Any,
+    validation: Any,
+    config: PERPConfig,
+    batch: BatchSettings,
+    tokenizer: Any,
+    *,
+    runs: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Windows to train on, [n, seq_len], as many as ``runs`` runs of ``config`` read, and those to measure on.
+
+    Raises:
+        ValueError: windows longer than the model's context, or fewer than one batch.
+    """
     check_length(model, config)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    samples = config.steps * batch.windows * process_count()
+    samples = runs * config.steps * batch.windows * process_count()
     cut = {"tokenizer": tokenizer, "seq_len": config.seq_len, "vocab_size": vocabulary}
     windows = token_windows(data, samples=samples, seed=config.seed, **cut)
     if len(windows) < batch.size:
