@@ -311,6 +311,14 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     assert any(abs(mean) > 1e-3 for mean in first[3]["1.running_mean"])
 
 
+def test_a_scheduler_may_set_world_size_alone(digits, monkeypatch):
+    """Without a launcher there is one process, which takes all the steps."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    report = retrain_vision(model, digits[0], VisionConfig("full", batch_size=280), progress=False)
+    assert report.steps == len(report.losses) == 5
+
+
 def test_sharded_weights_are_refused(digits, monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
