@@ -184,7 +184,7 @@ class _Trainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        # not the Trainer's own: PEFT would add the weight under the head's adapter, and "full" has the model twice
         if self.args.should_save:  # the Trainer comes here on every process
             save_trained(self.adapted, self.trained, Path(str(output_dir or self.args.output_dir)))
 
@@ -224,7 +224,8 @@ def trainer_for(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(config.steps * config.warmup_ratio),
+        # rounded down: a warm-up of one step has the rate 0, and would be all of a run of one step
+        warmup_steps=math.floor(config.steps * config.warmup_ratio),
         activation_checkpointing=config.gradient_checkpointing,
         # the reentrant kind gives no gradients where a block's input needs none, and the embedding is frozen
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
@@ -233,7 +234,7 @@ def trainer_for(
         fp16=scaled,  # accelerate's own autocast then, which comes with the scaler of the gradients
         use_cpu=device.type == "cpu",
         ddp_backend="gloo" if processes > 1 and device.type == "cpu" else None,
-        ddp_find_unused_parameters=False,  # every adapter is used in every forward
+        ddp_find_unused_parameters=False,  # everything that trains is used in every forward
         dataloader_pin_memory=device.type == "cuda",
         logging_strategy="steps",
         logging_steps=1,

@@ -18,14 +18,15 @@ from trisparse.retrain.cycles import CyclesConfig
 from trisparse.retrain.estimate import MemoryEstimate, RetrainingPlan, counting_saved, retraining_plan, stored_bytes
 from trisparse.retrain.groups import parameter_groups, trainable_parameters
 from trisparse.retrain.images import batches_of
+from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.retrain.loop import autocast, random_state_kept
 from trisparse.retrain.lora import factor_sizes
+from trisparse.retrain.precision import computing_dtype
 from trisparse.retrain.processes import process_count
 from trisparse.retrain.reconstruct import ReconstructConfig
 from trisparse.retrain.sparsity_schedule import pattern_schedule
 from trisparse.retrain.vision import VisionConfig
 from trisparse.retrain.vision_groups import logits_of, vision_groups
-from trisparse.retrain.vision_lora import LayerAdapters
 from trisparse.sparsity.mask import Mask, attach, check_masks, detach, mask_of, masks
 from trisparse.sparsity.pattern import Pattern, parse_pattern
 from trisparse.sparsity.report import as_text
@@ -54,8 +55,12 @@ class CyclesPlan:
         return f"{len(self.patterns)} cycles: {' -> '.join(self.patterns)}; each of them\n{self.retraining}"
 
 
-def cycles_plan(model: Any, target: float | str | Pattern, config: CyclesConfig) -> CyclesPlan:
+def cycles_plan(
+    model: Any, target: float | str | Pattern, config: CyclesConfig, *, teacher: Any = None, validation: Any = None
+) -> CyclesPlan:
     """What ``prune_cycles(model, target, ...)`` would do and take; the model is left as it was.
+
+    ``validation`` is not read, but a grid of learning rates needs one.
 
     Raises:
         ValueError: the model or ``target`` does not fit ``config``.
@@ -77,7 +82,7 @@ def cycles_plan(model: Any, target: float | str | Pattern, config: CyclesConfig)
             mask = mask_of(one.module, one.param)
             kept, total = kept + (mask.kept if mask else 0), total + one.weight.numel()
         patterns = pattern_schedule(config.schedule, 1 - kept / total, pattern, config.cycles)
-        plan = retraining_plan(model, config.retraining)
+        plan = retraining_plan(model, config.retraining, teacher=teacher, validation=validation)
     finally:
         for one in bare:
             detach(one.module)
@@ -231,9 +236,8 @@ def vision_plan(model: nn.Module, data: Any, config: VisionConfig) -> VisionPlan
     check_masks(model)
     batches = batches_of(data, config.batch_size, train=True, seed=config.seed, num_workers=config.num_workers)
     tried = copy.deepcopy(model)  # forwards in training mode move the statistics of the batch norms
-    dtype = torch.bfloat16 if config.dtype == "bf16" else None
     device = next(tried.parameters()).device
-    with random_state_kept(), autocast(device, dtype):
+    with random_state_kept(), autocast(device, computing_dtype(config.dtype, device)):
         images = next(batches.images())
         groups = vision_groups(tried, config.groups if isinstance(config.groups, str) else tuple(config.groups), images)
         counts = {name: sum(tried.get_parameter(n).numel() for n in names) for name, names in groups.trained.items()}

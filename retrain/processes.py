@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import distributed
+
+# where accelerate looks on the CPU
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def process_count() -> int:
@@ -14,6 +19,17 @@ def process_count() -> int:
     LOCAL_RANK is what accelerate goes by: a scheduler may set WORLD_SIZE alone.
     """
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+@contextmanager
+def launcher_alone() -> Iterator[None]:
+    """Hide the sizes that :func:`process_count` does not count: on the CPU accelerate would wait for so many others."""
+    names = () if "LOCAL_RANK" in os.environ else _SIZES
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def is_main_process() -> bool:

@@ -18,6 +18,7 @@ from trisparse.retrain.full import FullWeights
 from trisparse.retrain.groups import ParameterGroups
 from trisparse.retrain.guard import MaskGuard
 from trisparse.retrain.loop import RetrainError, Watch, mean_loss, trainer_for
+from trisparse.retrain.processes import launcher_alone
 from trisparse.retrain.report import PeakMemory
 from trisparse.sparsity.mask import check_masks
 
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from trisparse.retrain.perp import PERPConfig
 
 
-def adapted_for(model: Any, groups: ParameterGroups, config: PERPConfig) -> Adapted | FullWeights:
-    """``model`` made ready to train ``config.groups``."""
+def adapted_for(
+    model: Any, groups: ParameterGroups, config: PERPConfig, *, trains: bool = True
+) -> Adapted | FullWeights:
+    """``model`` made ready to train ``config.groups``; with ``trains`` False for a look at it, which writes nothing."""
     if "full" in config.groups:
-        return FullWeights(model, config.output_dir)
+        return FullWeights(model, config.output_dir, kept=trains)
     return Adapted(model, groups, tuple(config.groups), config.rank, config.alpha, config.variant)
 
 
@@ -68,7 +71,8 @@ class Run:
         try:
             adapted.switch_cache_off()
             losses = self._loss(adapted)
-            with watch, temporary as folder, PeakMemory(next(self.model.parameters()).device) as memory:
+            memory = PeakMemory(next(self.model.parameters()).device)
+            with launcher_alone(), watch, temporary as folder, memory:
                 trainer = trainer_for(
                     adapted.module,
                     self.windows,

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trisparse.kernels.launch import by_kernel
 from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
-from trisparse.sparsity.interrupt import interrupt_after
-from trisparse.sparsity.mask import HoldsMask, Mask, attach, mask_of
-from trisparse.sparsity.metric import METRICS, Method, Metric, Score, find_metric
-from trisparse.sparsity.pattern import Pattern, Rows, Unstructured, parse_pattern
-from trisparse.sparsity.progress import Advance, progress_bar
-from trisparse.sparsity.report import SkippedReport, SparsityReport, TargetReport
-from trisparse.sparsity.selection import check_pattern, select, select_over_all
+from trisparse.sparsity.mask import HoldsMask
+from trisparse.sparsity.metric import METRICS, Method, find_metric
+from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
+from trisparse.sparsity.progress import progress_bar
+from trisparse.sparsity.pruning import Pruning
+from trisparse.sparsity.report import SkippedReport, SparsityReport
+from trisparse.sparsity.selection import check_pattern
 from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
-from trisparse.sparsity.targets import Skipped, Target, Targets, find_targets, is_peft_wrapped
+from trisparse.sparsity.targets import Target, Targets, find_targets, is_peft_wrapped
 
 if TYPE_CHECKING:
     from trisparse.sparsity.gradient_statistics import GradientStatistics
@@ -106,7 +104,7 @@ def sparsify(
     if reads_inputs:
         _check_batches(model, targets.found, batches, propagate)
     norms = _gradients(model, targets, batches, gradients, dtype, progress) if "G" in metric.uses else None
-    pruning = _Pruning(pattern, metric, seed, norms)
+    pruning = Pruning(pattern, metric, seed, norms)
     steps: Generator[tuple[list[Target], InputStatistics | None]] = (
         walk(
             model,
@@ -153,122 +151,6 @@ def sparsify(
     )
 
 
-class _Pruning:
-    """Turns statistics into masks and attaches them, a block at a time."""
-
-    def __init__(self, pattern: Pattern, metric: Metric, seed: int, gradients: GradientStatistics | None) -> None:
-        self.pattern = pattern
-        self.metric = metric
-        self.seed = seed
-        self.gradients = gradients
-        self.rows: list[TargetReport] = []
-        self.unreached: list[Skipped] = []
-        self._on_use: dict[str, tuple[Mask, float]] = {}
-
-    def prune(self, group: Sequence[Target], statistics: InputStatistics | None) -> None:
-        """Select the masks of all of ``group``, then attach them."""
-        chosen = []
-        for target in self._reached(group, statistics):
-            if target.name in self._on_use:
-                mask, seconds = self._on_use.pop(target.name)
-            else:
-                mask, seconds = self._select(target, statistics.rms(target) if statistics else None)
-            chosen.append((target, mask, seconds, _note(target, statistics)))
-        with interrupt_after():
-            for target, mask, seconds, note in chosen:
-                self._attach(target, mask, seconds, note)
-
-    def prune_together(self, steps: Iterable[tuple[list[Target], InputStatistics | None]], advance: Advance) -> None:
-        """Measure everything, then select all masks under one budget and attach them."""
-        members: list[tuple[Target, Tensor | None, str]] = []
-        for group, statistics in steps:
-            members.extend(
-                (target, statistics.rms(target) if statistics else None, _note(target, statistics))
-                for target in self._reached(group, statistics)
-            )
-            advance(len(group))
-        if not members:
-            return
-        start = time.perf_counter()
-        new = all(mask_of(target.module, target.param) is None for target, _, _ in members)
-        scores = [self._scores(target, x, fused=new) for target, x, _ in members]
-        assert isinstance(self.pattern, Unstructured)
-        chosen = select_over_all([target for target, _, _ in members], scores, self.pattern)
-        seconds = (time.perf_counter() - start) / len(members)
-        with interrupt_after():
-            for (target, _, note), mask in zip(members, chosen, strict=True):
-                self._attach(target, mask, seconds, note)
-
-    def select_on_use(self, target: Target, x: Tensor) -> Tensor:
-        """Select while a block runs; the mask is attached with its block."""
-        self._on_use[target.name] = self._select(target, x)
-        return self._on_use[target.name][0].dense(target.weight.device)
-
-    def _reached(self, group: Sequence[Target], statistics: InputStatistics | None) -> Iterator[Target]:
-        for target in group:
-            if statistics is not None and statistics.rms(target) is None:
-                reason = "no calibration input reached it"
-            elif self.gradients is not None and target.name in self.gradients.info.unreached:
-                reason = "no gradient reached it"
-            else:
-                yield target
-                continue
-            self.unreached.append(Skipped(target.name, tuple(target.weight.shape), reason))
-
-    def _select(self, target: Target, x: Tensor | None) -> tuple[Mask, float]:
-        start = time.perf_counter()
-        mask = select(target, self._scores(target, x), self.pattern)
-        return mask, time.perf_counter() - start
-
-    def _scores(self, target: Target, x: Tensor | None, *, fused: bool = True) -> list[Score]:
-        if x is not None and not torch.isfinite(x).all():
-            raise ValueError(f"the inputs of {target.name} overflow on the calibration data")
-        digest = hashlib.sha256(f"{self.seed} {target.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        parts = target.matrix().chunk(target.parts)
-        xs = [None] * target.parts if x is None else list(x)
-        gs = self._gradient_parts(target)
-        earlier = mask_of(target.module, target.param)
-        # Kernels select by the metric itself, unless scores are changed below.
-        fused = fused and by_kernel(target.weight) and earlier is None and not isinstance(self.pattern, Rows)
-        try:
-            scores = [self.metric.score(w, x, g, generator, fused=fused) for w, x, g in zip(parts, xs, gs, strict=True)]
-        except ValueError as error:
-            raise ValueError(f"{target.name}: {error}") from None
-        by_norm = isinstance(self.pattern, Rows) and not scores[0].absolute
-        if by_norm and any(bool((score.weight < 0).any()) for score in scores):
-            raise ValueError(
-                f"{target.name}: metric {self.metric} gives negative scores, and {self.pattern} ranks rows by the norm "
-                "of their scores"
-            )
-        # Weights pruned before are zero and go first again: before live ones that score zero, too, where an input or
-        # the weight itself is 0.
-        kept = None if earlier is None else earlier.matrix(target.weight.device).chunk(target.parts)
-        if kept is not None and (
-            not scores[0].absolute
-            or scores[0].x is not None
-            or any(bool(((w == 0) & part).any()) for w, part in zip(parts, kept, strict=True))
-        ):
-            least = 0.0 if isinstance(self.pattern, Rows) else -torch.inf  # rows are ranked by a norm
-            scores = [
-                Score(score.materialise().masked_fill(~part & (w == 0), least), absolute=False)
-                for score, part, w in zip(scores, kept, parts, strict=True)
-            ]
-        return scores
-
-    def _gradient_parts(self, target: Target) -> Sequence[Tensor | None]:
-        norm = None if self.gradients is None else self.gradients.norm(target)
-        if norm is None:
-            return [None] * target.parts
-        return list(norm.chunk(target.parts))
-
-    def _attach(self, target: Target, mask: Mask, seconds: float, note: str) -> None:
-        attach(target.module, target.param, mask)
-        shape = tuple(mask.shape)
-        total = mask.shape.numel()
-        self.rows.append(TargetReport(target.name, shape, str(self.pattern), mask.kept, total, seconds, note))
-
-
 def _gradients(
     model: nn.Module,
     targets: Targets,
@@ -299,11 +181,6 @@ def _blocks(targets: Targets) -> Generator[tuple[list[Target], None]]:
         groups.setdefault(target.name if target.block is None else target.block, []).append(target)
     for group in groups.values():
         yield group, None
-
-
-def _note(target: Target, statistics: InputStatistics | None) -> str:
-    unreached = statistics.unreached_parts(target) if statistics else 0
-    return f"{unreached} of {target.parts} experts saw no calibration token: their X is 1" if unreached else ""
 
 
 def _check_finite(targets: Sequence[Target]) -> None:

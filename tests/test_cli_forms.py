@@ -85,6 +85,37 @@ def test_cycles_are_given_each_text_for_its_purpose(tiny_llama, invoke, tmp_path
     assert set(given["calibration"].flatten().tolist()).isdisjoint(given["validation"].flatten().tolist())
 
 
+def test_one_command_starts_cycles_and_goes_on_with_them(tiny_llama, invoke, tmp_path):
+    options = [
+        "--form",
+        "cycles",
+        "--sparsity",
+        "50%",
+        "--cycles",
+        2,
+        "--steps",
+        2,
+        "--seq-len",
+        16,
+        "--groups",
+        "norms",
+    ]
+    run = [
+        "--data",
+        tiny_llama / "text.txt",
+        "--output-dir",
+        tmp_path / "run",
+        "--resume",
+        "--teacher",
+        tiny_llama / "dense",
+    ]
+    first = json.loads(invoke(tiny_llama / "dense", *options, *run, "--out", tmp_path / "r", "--json"))
+    again = json.loads(invoke(tiny_llama / "dense", *options, *run, "--out", tmp_path / "again", "--json"))
+    assert again["cycles"] == first["cycles"]  # read from the journal, times included
+    (step,) = read_info(tmp_path / "again")["recipe"]
+    assert (step["teacher"], step["retraining"]["temperature"]) == (str(tiny_llama / "dense"), 2.0)
+
+
 def test_dry_run_of_cycles_leaves_the_model_alone(tiny_llama, invoke):
     command = ["--form", "cycles", "--sparsity", "75%", "--cycles", 2, "--steps", 3, "--seq-len", 16, "--dry-run"]
     out = json.loads(invoke(tiny_llama / "pruned", *command, "--json"))
@@ -192,9 +223,12 @@ RECONSTRUCT = ["--form", "reconstruct", "--data", "TEXT", "--out", "NEW", "--seq
         ([*CYCLE, "--sparsity", "75%", "--output-dir", "NEW"], "must lie apart"),
         ([*CYCLE, "--sparsity", "75%", "--dense", "DENSE"], "--dense is for --form reconstruct or vision"),
         (["--form", "cycles", "--sparsity", "75%"], "retrain needs --data and --out"),
+        ([*CYCLE, "--sparsity", "75%", "--no-merge"], "retraining.merge must be True"),
+        ([*CYCLE, "--sparsity", "75%", "--learning-rate", "grid", "--dry-run"], "pass validation"),
+        ([*CYCLE, "--sparsity", "75%", "--resume"], "needs output_dir"),
         (RECONSTRUCT, "reconstruct needs --dense"),
         ([*RECONSTRUCT, "--dense", "DENSE", "--groups", "head"], "groups must be"),
-        ([*RECONSTRUCT, "--dense", "DENSE", "--targets", "q_proj"], "targets must be one of dense, sparse"),
+        ([*RECONSTRUCT, "--dense", "DENSE", "--targets", "q_proj"], "targets must be one of sparse, dense"),
         ([*RECONSTRUCT, "--dense", "DENSE", "--validation", "TEXT"], "--validation is for --form perp or cycles"),
         ([*RECONSTRUCT, "--dense", "NOWHERE"], "no"),
     ],

@@ -75,6 +75,10 @@ def test_dry_run_reads_no_data_and_writes_nothing(tiny_llama, invoke):
     shown = invoke(tiny_llama / "pruned", "--dry-run", "--teacher", tiny_llama / "dense", "--seq-len", 32)
     assert "on each device, estimated" in shown
     assert "norms" in shown
+    full = ["--dry-run", "--groups", "full", "--seq-len", 32, "--output-dir", tiny_llama / "run", "--json"]
+    assert list(json.loads(invoke(tiny_llama / "pruned", *full))["trainable"]) == ["full"]
+    grid = ["--dry-run", "--learning-rate", "grid", "--seq-len", 32, "--validation", "no file", "--json"]
+    assert json.loads(invoke(tiny_llama / "pruned", *grid))["grid_steps"] == 5 * 20
     assert sorted(path.name for path in tiny_llama.rglob("*")) == before
 
 
@@ -263,6 +267,9 @@ NEW = ["--data", "TEXT", "--out", "NEW"]
         ([*NEW, "--output-dir", "NEW2", "--report-to", "slate"], "report_to must be of "),
         (["--dry-run", "--seq-len", "65"], "maximum of 64 positions"),
         (["--dry-run", "--groups", "biases"], "nothing to train"),
+        (["--dry-run", "--learning-rate", "grid"], "pass validation"),
+        (["--dry-run", "--report-to", "tensorboard"], "report_to=tensorboard needs output_dir"),
+        (["--dry-run", "--save-total-limit", "0"], "save_total_limit must be"),
         (["--dry-run", "--groups", "lora,heads"], "groups must be"),
         (["--dry-run", "--groups", "perpp"], "groups must be one of biases, norms, linear-probing, perp, full"),
         (["--dry-run", "--groups", "only:heads"], "groups must be one or more of biases, norms, head, lora, full"),

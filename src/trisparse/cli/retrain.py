@@ -58,7 +58,9 @@ def retrain(
         str | None,
         _trained(help="Layers that get a LoRA: shell patterns, with commas. For reconstruct: dense or sparse."),
     ] = None,
-    learning_rate: Annotated[str | None, _trained(help="Peak of AdamW's; for perp also 'grid': tries several.")] = None,
+    learning_rate: Annotated[
+        str | None, _trained(help="Peak of AdamW's; for perp and cycles also 'grid': tries several.")
+    ] = None,
     steps: Annotated[str | None, _trained(help="Optimizer steps; of each cycle, of each block.")] = None,
     batch_size: Annotated[int | None, _trained(help="Sequences or images per forward pass, on each device.")] = None,
     seq_len: Annotated[int | None, _trained(help="Tokens per sequence.")] = None,
@@ -78,6 +80,7 @@ def retrain(
     ] = None,
     output_dir: Annotated[str | None, _perp(help="Folder for checkpoints.")] = None,
     save_steps: Annotated[int | None, _perp(help="Steps between checkpoints.")] = None,
+    save_total_limit: Annotated[int | None, _perp(help="Checkpoints that stay: the last 2, by default.")] = None,
     resume: Annotated[
         bool | None,
         _perp(

@@ -28,11 +28,13 @@ def perp_config(settings: dict[str, Any]) -> Any:
 
 def tell_resume(options: Any) -> None:
     """Say on standard error that a run which may go on has nothing to go on from: its folder may be a slip."""
+    from trisparse.retrain.cycles_journal import JOURNAL
     from trisparse.retrain.processes import is_main_process
     from trisparse.retrain.run_folder import checkpoints
 
-    if options.resume == "auto" and is_main_process() and not checkpoints(Path(str(options.output_dir))):
-        print(f"no complete checkpoint in {options.output_dir} yet: starting anew", file=sys.stderr)
+    folder = Path(str(options.output_dir))
+    if options.resume == "auto" and is_main_process() and not checkpoints(folder) and not (folder / JOURNAL).is_file():
+        print(f"no complete checkpoint in {folder} yet: starting anew", file=sys.stderr)
 
 
 def run(job: Job) -> None:
@@ -60,7 +62,7 @@ def run(job: Job) -> None:
     model.to(job.where())
     dense = None if teacher is None else load_model(teacher)[0].to(job.where())
     if job.dry_run:
-        plan = retraining_plan(model, options, teacher=dense)
+        plan = retraining_plan(model, options, teacher=dense, validation=job.validation)
         show(plan.to_dict(), str(plan), job.as_json)
         return
     if held_out is not None:

@@ -36,16 +36,16 @@ def section() -> dict[str, Any]:
 
 def run(job: Job) -> None:
     """Retrain the classifier ``job.model``, or print what that would take."""
+    from trisparse.retrain.groups import GROUPS, VISION_PRESETS
     from trisparse.retrain.plans import vision_plan
     from trisparse.retrain.processes import check_launcher, is_main_process
     from trisparse.retrain.schedule import pruning_change
     from trisparse.retrain.vision import VisionConfig, retrain_vision
-    from trisparse.retrain.vision_groups import GROUPS, PRESETS
     from trisparse.sparsity.checkpoint import save
     from trisparse.sparsity.pattern import parse_pattern
     from trisparse.sparsity.sparsify import sparsify
 
-    settings = with_groups(job.settings, PRESETS, GROUPS)
+    settings = with_groups(job.settings, VISION_PRESETS, GROUPS)
     images = {name: settings.pop(name) for name in _IMAGES if name in settings}
     pruning = {name: settings.pop(name, None) for name in _PRUNING}
     dense, planned = settings.pop("dense", None), settings.pop("schedule", None)
