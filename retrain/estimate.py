@@ -191,14 +191,14 @@ def _memory(
         in_flight = 2 * tokens * max(sizes, default=0) * itemsize
         activations = inputs + max(of_loss, (kept - inputs) / max(len(blocks), 1) + in_flight - freed)
     return MemoryEstimate(
-        weights=_stored_bytes(model) + (0 if teacher is None else _stored_bytes(teacher)),
+        weights=stored_bytes(model) + (0 if teacher is None else stored_bytes(teacher)),
         gradients=trained * (1 if process_count() == 1 else 2),
         optimizer=2 * trained,
         activations=round(activations),
     )
 
 
-def _stored_bytes(model: nn.Module) -> int:
+def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, a shared storage once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     return sum(storage.nbytes() for storage in storages.values())
@@ -214,7 +214,7 @@ def _kept_bytes(model: Any, rows: int, seq_len: int, dtype: torch.dtype | None) 
     with training(model):
         for length in probes:
             ids = (torch.arange(length, device=device) % model.get_input_embeddings().weight.shape[0])[None]
-            with _counting(own) as kept, autocast(device, dtype), lean_loss(model):
+            with counting_saved(own) as kept, autocast(device, dtype), lean_loss(model):
                 loss = model(**with_labels(ids)).loss
             del loss
             measured.append(sum(kept.values()))
@@ -228,7 +228,7 @@ def _kept_bytes(model: Any, rows: int, seq_len: int, dtype: torch.dtype | None) 
 
 
 @contextmanager
-def _counting(own: set[int]) -> Iterator[dict[int, int]]:
+def counting_saved(own: set[int]) -> Iterator[dict[int, int]]:
     """Sizes of the storages that autograd saves inside, but for those in ``own``; each once."""
     kept: dict[int, int] = {}
 

@@ -234,7 +234,8 @@ def test_fp16_asks_the_trainer_for_the_scaler(build, tokens, quick, monkeypatch)
         ({"grid_steps": 0}, "grid_steps must be an integer of at least 1"),
         ({"guard_every": 0}, "guard_every must be an integer of at least 1 or None, got 0"),
         ({"guard_every": True}, "guard_every"),
-        ({"resume": "yes"}, "resume must be True or False, got 'yes'"),
+        ({"resume": 1.5}, "resume must be"),
+        ({"resume": "yes"}, "resume must be True, False or 'auto', got 'yes'"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing must be True or False"),
         (
             {"save_total_limit": 0, "output_dir": "x"},
