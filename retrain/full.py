@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trisparse.kernels.bitmask import apply_bits, pack_bits
 from trisparse.retrain.model_state import ModelState
+from trisparse.retrain.sharding import Shards, held, rows_held
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.mask import masks
 
@@ -42,6 +43,7 @@ class FullWeights:
         self.module = model
         self._state = ModelState(model)
         self._params: list[tuple[nn.Parameter, torch.dtype]] = [(param, param.dtype) for param in model.parameters()]
+        self._masked: list[tuple[nn.Parameter, Tensor, int]] = []
         self._hooks: list[Any] = []
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -59,12 +61,23 @@ class FullWeights:
                 if mask.transposed:
                     cols = param.shape[-1]
                     packed = pack_bits(mask.dense().reshape(-1, cols).contiguous())
-                hook = partial(_zero_pruned, packed.to(param.device), cols)
-                self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+                self._masked.append((param, packed, cols))
+                self._hold(param, packed, cols)
         except BaseException:
             self.discard()
             raise
         self.trainable = {"full": sum(param.numel() for param, _ in self._params)}
+
+    def _hold(self, param: Tensor, packed: Tensor, cols: int) -> None:
+        hook = partial(_zero_pruned, packed.to(param.device), cols)
+        self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+
+    def hold_parts(self, shards: Shards) -> None:
+        """Hold the masks on what this process has of the weights."""
+        for param, packed, cols in self._masked:
+            shard = shards.shard(param)
+            rows = packed.unflatten(0, (len(shard), -1))  # of the mask's matrix, by row of the parameter
+            self._hold(shard, rows[rows_held(len(shard))].flatten(0, 1), cols)
 
     def switch_cache_off(self) -> None:
         """No key/value cache while training; the configs are put back at the end."""
@@ -96,8 +109,7 @@ class FullWeights:
                 for param, dtype in self._params:
                     before = torch.empty(param.shape, dtype=dtype)
                     self._file.readinto(_bytes(before))
-                    param.data = param.data.to(dtype)
-                    param.copy_(before)
+                    param.data = before.to(param.device)  # of its shape too, where sharding had emptied it
             self._release()
 
     def _release(self) -> None:
@@ -116,4 +128,5 @@ def _zero_pruned(packed: Tensor, cols: int, param: Tensor) -> None:
     assert param.grad is not None
     if not param.grad.is_contiguous():
         param.grad = param.grad.contiguous()
-    apply_bits(param.grad.view(-1, cols), packed)
+    with torch.no_grad():
+        apply_bits(held(param.grad).view(-1, cols), packed)

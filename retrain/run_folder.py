@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trisparse.retrain.processes import process_count, wait_for_all
+from trisparse.retrain.sharding import as_held, held
 from trisparse.sparsity.mask import masks_sha256
 
 if TYPE_CHECKING:
@@ -86,14 +87,14 @@ def last_checkpoint(folder: Path, identity: Any) -> tuple[Path, dict[str, Any]]:
     raise ValueError(f"{complete[-1]} is of another run, resume needs the same: {', '.join(shown)}")
 
 
-def save_trained(model: nn.Module, names: Collection[str], folder: Path) -> None:
-    """Write the parameters ``names`` of ``model``."""
-    save_file({name: model.get_parameter(name).detach().contiguous().cpu() for name in names}, folder / TRAINED_FILE)
+def save_trained(params: Mapping[str, Tensor], folder: Path) -> None:
+    """Write parameters by name, whole."""
+    save_file({name: param.contiguous().cpu() for name, param in params.items()}, folder / TRAINED_FILE)
 
 
 @torch.no_grad()
 def load_trained(model: nn.Module, names: Collection[str], folder: Path) -> None:
-    """Read what :func:`save_trained` wrote, in place.
+    """Read what :func:`save_trained` wrote, in place; where parameters are split, each process its part.
 
     Raises:
         ValueError: the file holds other parameters, or in other shapes or dtypes.
@@ -106,7 +107,7 @@ def load_trained(model: nn.Module, names: Collection[str], folder: Path) -> None
     if wrong:
         raise ValueError(f"{folder} does not fit the parameters that train: {', '.join(wrong[:5])}")
     for name, param in params.items():
-        param.copy_(tensors[name])
+        held(param).copy_(as_held(tensors[name], param))
 
 
 class MarkComplete(TrainerCallback):

@@ -75,6 +75,9 @@ def retrain(
     distillation_weight: Annotated[float | None, typer.Option(help="The teacher's share of the loss.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Temperature of the distillation.")] = None,
     report_to: Annotated[str | None, typer.Option(help="wandb, tensorboard or others of Trainer's.")] = None,
+    sharding: Annotated[
+        str | None, typer.Option(help="Of several processes: none (DDP), or fsdp (each holds its part of the weights).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default the process's GPU, if any.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -89,7 +92,7 @@ def retrain(
     from trisparse.retrain.groups import PRESETS
     from trisparse.retrain.perp import PERPConfig
     from trisparse.retrain.perp import retrain as perp
-    from trisparse.retrain.processes import check_launcher, is_main_process, leave, local_device
+    from trisparse.retrain.processes import chosen_sharding, is_main_process, leave, local_device
     from trisparse.sparsity.checkpoint import check_output, read_info, save
     from trisparse.sparsity.data import token_windows
     from trisparse.sparsity.text import load_text
@@ -122,12 +125,17 @@ def retrain(
         "distillation_weight": distillation_weight,
         "temperature": temperature,
         "report_to": _words(report_to),
+        "sharding": sharding,
     }
     settings = {} if config is None else read_settings(config, PERPConfig)
     options = PERPConfig(**settings | {name: value for name, value in given.items() if value is not None})
-    check_launcher()
+    options = dataclasses.replace(options, sharding=chosen_sharding(options.sharding))
     read_info(folder)
     where = local_device() if device is None else torch.device(device)
+    if options.sharding == "fsdp":
+        if device is not None:
+            raise ValueError(f"--device {device} has no effect with sharding='fsdp': each process takes its own GPU")
+        where = torch.device("cpu")  # the parts go to the GPU, which may not hold all
     if not dry_run and (data is None or out is None):
         raise ValueError("retrain needs --data and --out (only --dry-run does without them)")
     if out is not None:
