@@ -78,9 +78,9 @@ class PERPConfig:
             :mod:`trisparse.retrain.distillation`.
         temperature: T of the same.
         report_to: Trainer's integrations, such as ("wandb",) or ("tensorboard",).
-        sharding: of several processes: "none" (DDP: each holds the whole model) or "fsdp" (FSDP2: each holds its part of
-            every weight, and blocks are gathered as they run; a model on the CPU trains on the process's GPU then, if
-            there is one). "accelerate launch --use_fsdp --fsdp_version 2" means "fsdp".
+        sharding: of several processes: "none" (DDP: each holds the whole model) or "fsdp" (FSDP2: each holds its part
+            of every weight, and blocks are gathered as they run; a model on the CPU trains on the process's GPU then,
+            if there is one). "accelerate launch --use_fsdp --fsdp_version 2" means "fsdp".
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -194,7 +194,7 @@ def retrain(
     windows, held_out = _windows(model, data, validation, config, batch, tokenizer)
     if config.learning_rate == "grid" and held_out is None:
         raise ValueError("learning_rate='grid' chooses by the loss on validation data: pass validation")
-    identity = None
+    identity: dict[str, Any] = {}
     if config.output_dir is not None or sharded:
         identity = run_identity(config, batch, model, windows, teacher=teacher is not None)
     if sharded:
@@ -319,7 +319,8 @@ def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:
     if config.dtype == "fp16":
         if config.sharding == "fsdp":
             raise ValueError(
-                "dtype='fp16' scales the gradients, of which with sharding='fsdp' no process sees all overflow: take 'bf16'"
+                "dtype='fp16' scales the gradients, and with sharding='fsdp' a process sees the overflows of its part "
+                "alone: take 'bf16'"
             )
         if device.type != "cuda":
             raise ValueError(f"dtype='fp16' needs a model on CUDA, this one is on {device}: take 'bf16' or 'fp32'")

@@ -40,8 +40,8 @@ def chosen_sharding(asked: Sharding) -> Sharding:
     """How the weights are spread: as ``asked``, or "fsdp" where accelerate was launched for it.
 
     Raises:
-        ValueError: accelerate was configured for what this does not do (DeepSpeed, the first FSDP, offloading), or there
-            is one process only to spread them over.
+        ValueError: accelerate was configured for what this does not do (DeepSpeed, the first FSDP, offloading), or
+            there is one process only to spread them over.
     """
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(

@@ -25,6 +25,10 @@ class ShardedTrainer(Trainer):
     They are those of a model that is not sharded: the optimizer's state is put together on the main process.
     """
 
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_sharded(model):
             super()._move_model_to_device(model, device)
@@ -33,7 +37,7 @@ class ShardedTrainer(Trainer):
         # the Trainer's own mark of a model that was sharded by others: no DDP around it. When it is made the Trainer
         # refuses to save such a model's optimizer, which is done below.
         self.is_distributed_loading_by_transformers = is_sharded(self.model)
-        return super()._prepare_for_training(*args, **kwargs)
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ Source: Zhao et al. 2023, "PyTorch FSDP" (arXiv:2304.11277); the version by para
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from trisparse.retrain.processes import join, local_device
+from trisparse.retrain.processes import local_device
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.targets import find_blocks
 
@@ -129,7 +130,8 @@ class Shards:
     says that they are lost.
 
     Args:
-        module: to train or to run; :func:`check_can_shard` has passed it.
+        module: to train or to run; :func:`check_can_shard` has passed it, and :func:`~trisparse.retrain.processes.join`
+            was called.
         device: where the processes hold their parts.
     """
 
@@ -137,12 +139,10 @@ class Shards:
         self.module, self.device = module, device
 
     def __enter__(self) -> Shards:
-        join(self.device)
         # a group of its own, by which processes can talk that were cut off in the middle of something else
         self._group = distributed.new_group(backend="gloo")
-        mesh = init_device_mesh(self.device.type, (distributed.get_world_size(),))
         modules = list(self.module.modules())
-        before = [(owner, set(vars(owner)), {table: set(vars(owner)[table]) for table in _HOOKS}) for owner in modules]
+        blocks = [block.module for block in find_blocks(self.module)]
         self._places = [
             (owner, name, param)
             for owner in modules
@@ -153,23 +153,33 @@ class Shards:
         self._shards: dict[nn.Parameter, DTensor] = {}
         self._attributes: list[tuple[nn.Module, set[str]]] = []
         self._hooks: list[tuple[dict[int, Any], int]] = []
+        known = [(owner, set(vars(owner)), {table: set(vars(owner)[table]) for table in _HOOKS}) for owner in modules]
         try:
-            for part in (*(block.module for block in find_blocks(self.module)), self.module):
+            mesh = init_device_mesh(self.device.type, (distributed.get_world_size(),))
+            for block in blocks:
+                # FSDP2 hangs the gathering for the backward on the output: an operation in place on a view drops it
+                block.register_forward_hook(_without_views)
+            for part in (*blocks, self.module):
                 # the root's, too: what optimizers and checks see between two steps must be the parts
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
                 self._let_go()
-            added = {name for owner, names, _ in before for name in vars(owner).keys() - names}
-            self._attributes = [(owner, added - names) for owner, names, _ in before]
-            self._hooks = [
-                (vars(owner)[table], key)
-                for owner, _, hooks in before
-                for table, keys in hooks.items()
-                for key in vars(owner)[table].keys() - keys
-            ]
         except BaseException as error:
+            self._note_additions(known)
             self.__exit__(type(error), error, error.__traceback__)
             raise
+        self._note_additions(known)
         return self
+
+    def _note_additions(self, known: list[tuple[nn.Module, set[str], dict[str, set[int]]]]) -> None:
+        """Keep what is new since ``known``, to take it off again; FSDP2 adds some of its attributes later."""
+        names = {name for owner, before, _ in known for name in vars(owner).keys() - before}
+        self._attributes = [(owner, names - before) for owner, before, _ in known]
+        self._hooks = [
+            (vars(owner)[table], key)
+            for owner, _, tables in known
+            for table, before in tables.items()
+            for key in vars(owner)[table].keys() - before
+        ]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -233,6 +243,12 @@ class Shards:
         self._shards.clear()
 
 
+def _without_views(block: nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(_without_views(block, args, part) for part in output)
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
+
+
 def whole_state(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
     """An optimizer's ``state_dict`` with whole tensors on the CPU; every process must come here.
 
@@ -271,13 +287,11 @@ def _split_as(value: Any, param: Tensor) -> Any:
 @contextmanager
 def accelerate_left_out() -> Iterator[None]:
     """Inside, accelerate knows nothing of FSDP: the model it is given is sharded already."""
-    name = "ACCELERATE_USE_FSDP"
-    before = os.environ.get(name)
-    if before is None:
-        yield
-        return
-    os.environ[name] = "false"
+    before = {name: os.environ.pop(name) for name in list(os.environ) if name == "ACCELERATE_USE_FSDP"}
     try:
-        yield
+        with warnings.catch_warnings():
+            # of the whole model's output, which nothing changes before the backward; those of blocks are no views
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            yield
     finally:
-        os.environ[name] = before
+        os.environ.update(before)
