@@ -188,7 +188,7 @@ class _Trainer(ShardedTrainer):
         # the Trainer comes here on every process, and what is sharded takes all of them
         trained = whole_parameters(self.adapted, self.trained, keep=self.args.should_save)
         if self.args.should_save:
-            super()._save(output_dir, trained if is_sharded(self.adapted) else state_dict)
+            super()._save(output_dir, dict(trained) if is_sharded(self.adapted) else state_dict)
             save_trained(trained, Path(str(output_dir or self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,7 +31,7 @@ from trisparse.sparsity.targets import find_blocks
 # How long a process that fails waits for the others to fail as well; one that is alone cannot put weights together.
 _PATIENCE = timedelta(seconds=30)
 
-# nn.Module's tables of the hooks that fully_shard adds; FSDP2 has no call that takes them off again
+# nn.Module's tables of the hooks that fully_shard adds; PyTorch has no call that takes it off a module again
 _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -235,6 +236,7 @@ class Shards:
             owner.register_parameter(name, param)
         for owner, kind in self._kinds:
             owner.__class__ = kind
+            _module_state_mapping.pop(owner, None)
         for owner, names in self._attributes:
             for name in names & vars(owner).keys():
                 delattr(owner, name)
