@@ -25,21 +25,6 @@ from trisparse.retrain.sharding import held
 from trisparse.sparsity.mask import check_masks, masks_sha256
 
 RANK = int(os.environ.get("RANK", 0))
-COMMON = {"steps": 4, "batch_size": 2, "gradient_accumulation": 2, "guard_every": 1, "sharding": "fsdp", "rank": 3}
-# what each run is called, the model, and what its config has besides
-RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "perp": ("llama", {"save_steps": 2}),
-    "tied": ("llama-tied", {"gradient_checkpointing": True, "steps": 3}),
-    "norms": ("opt", {"groups": ("biases", "norms"), "steps": 2}),
-    "full": ("gpt2", {"groups": "full", "learning_rate": 1e-3, "save_steps": 2}),
-    "experts": ("mixtral", {"groups": "full", "learning_rate": 1e-3, "steps": 3}),
-    "scaled": ("gpt2", {"variant": "scale_lora", "max_grad_norm": 0.0, "steps": 3}),
-}
-
-# of the run with a model and a teacher in bf16
-HALF: dict[str, Any] = {
-    "dtype": "bf16", "learning_rate": "grid", "learning_rates": (1e-4, 1e-2), "steps": 2, "grid_steps": 2,
-}  # fmt: skip
 
 
 class Parts(TrainerCallback):
@@ -79,13 +64,14 @@ def main(folder: Path) -> None:
     """Retrain in every way; each process writes what it ended with."""
     torch.set_num_threads(1)
     tokens = torch.load(folder / "tokens.pt")
+    runs = json.loads((folder / "runs.json").read_text())
     found: dict[str, Any] = {}
 
     def launch(model: Any, callbacks: Any = (), data: Any = tokens, **changes: Any) -> Any:
-        config = conftest._quick(**COMMON | changes)
+        config = conftest._quick(**runs["common"] | changes)
         return retrain(model, data, config, validation=tokens[:2], progress=False, callbacks=callbacks)
 
-    for name, (kind, changes) in RUNS.items():
+    for name, (kind, changes) in runs["each"].items():
         model = conftest._build(kind)
         before, parts = conftest._snapshot(model), Parts(model)
         if "save_steps" in changes:
@@ -102,7 +88,7 @@ def main(folder: Path) -> None:
         torch.save(model.state_dict(), folder / f"{name}-{RANK}.pt")
 
     for name in ("perp", "full"):  # as if the run had been cut off after its second step
-        kind, changes = RUNS[name]
+        kind, changes = runs["each"][name]
         if RANK == 0:
             shutil.copytree(folder / name / "checkpoint-2", folder / f"{name}-cut" / "checkpoint-2")
         torch.distributed.barrier()
@@ -114,7 +100,7 @@ def main(folder: Path) -> None:
     half = conftest._build("llama").bfloat16()
     teacher = conftest._build("opt-dropout").bfloat16()
     before = conftest._snapshot(teacher)
-    config = conftest._quick(**COMMON | HALF)
+    config = conftest._quick(**runs["common"] | runs["half"])
     found["half"] = retrain(half, tokens, config, validation=tokens, teacher=teacher, progress=False).to_dict()
     conftest._assert_same(teacher, before)
     check_masks(half)
@@ -141,7 +127,7 @@ def alone(folder: Path) -> None:
     torch.set_num_threads(1)
     sharding._PATIENCE = timedelta(seconds=1)
     model = conftest._build("llama")
-    config = conftest._quick(**COMMON)
+    config = conftest._quick(**json.loads((folder / "runs.json").read_text())["common"])
     tokens = torch.load(folder / "tokens.pt")
     text = text_of(lambda: retrain(model, tokens, config, progress=False, callbacks=[Fails(1)]))
     (folder / f"alone-{RANK}.txt").write_text(text)

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharded_processes import COMMON, HALF, RUNS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +20,22 @@ from trisparse.retrain.sharding import training_device
 from trisparse.sparsity.checkpoint import load, read_info, save
 from trisparse.sparsity.compression import compress
 from trisparse.sparsity.mask import check_masks, masks_sha256
+
+COMMON = {"steps": 4, "batch_size": 2, "gradient_accumulation": 2, "guard_every": 1, "sharding": "fsdp", "rank": 3}
+# what each run is called, the model, and what its config has besides
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "perp": ("llama", {"save_steps": 2}),
+    "tied": ("llama-tied", {"gradient_checkpointing": True, "steps": 3}),
+    "norms": ("opt", {"groups": ("biases", "norms"), "steps": 2}),
+    "full": ("gpt2", {"groups": "full", "learning_rate": 1e-3, "save_steps": 2}),
+    "experts": ("mixtral", {"groups": "full", "learning_rate": 1e-3, "steps": 3}),
+    "scaled": ("gpt2", {"variant": "scale_lora", "max_grad_norm": 0.0, "steps": 3}),
+}
+
+# of the run with a model and a teacher in bf16
+HALF: dict[str, Any] = {
+    "dtype": "bf16", "learning_rate": "grid", "learning_rates": (1e-4, 1e-2), "steps": 2, "grid_steps": 2,
+}  # fmt: skip
 
 
 def launch(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +60,7 @@ def folder(tmp_path_factory, request):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     save(build("opt"), folder / "pruned", tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer), recipe=[])
+    (folder / "runs.json").write_text(json.dumps({"common": COMMON, "each": RUNS, "half": HALF}))
     (folder / "text.txt").write_text(" ".join(words[i * i % 48] for i in range(2000)))
     (folder / "retrain.yaml").write_text("steps: 2\nseq_len: 16\nrank: 4\nbatch_size: 2\nlearning_rate: 1e-2\n")
     return folder
@@ -93,11 +110,10 @@ def test_the_losses_are_those_of_one_process_with_the_same_global_batch(folder, 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_masks_hold_on_every_process_and_the_model_is_the_same_object_again(folder, found, build, name):
-    kind, changes = RUNS[name]
     expected = (
         ["parameters", "requires_grad", "config", "ties"] if name in ("tied", "scaled") else []
     )  # the untied head
-    model = build(kind)
+    model = build(RUNS[name][0])
     for rank, process in enumerate(found):
         assert process[name]["changed"] == expected
         assert process[name]["masks"] == masks_sha256(model)
@@ -215,7 +231,7 @@ def test_models_that_cannot_be_sharded_are_refused(build, tokens, run, monkeypat
         run(build("llama"), tokens, sharding="zero")
     with pytest.raises(ValueError, match="compressed layers hold buffers: decompress"):
         run(compress(build("llama")), tokens, sharding="fsdp")
-    with pytest.raises(ValueError, match="dtype='fp16' .*take 'bf16'"):
+    with pytest.raises(ValueError, match=r"dtype='fp16' .*take 'bf16'"):
         run(build("llama"), tokens, sharding="fsdp", dtype="fp16")
     model = build("llama")
     model.scale = torch.nn.Parameter(torch.ones(()))
@@ -226,7 +242,7 @@ def test_models_that_cannot_be_sharded_are_refused(build, tokens, run, monkeypat
         shared = model.model.layers[0].mlp.up_proj
         owner = model if other is None else model.model.layers[other].mlp
         owner.up_proj = shared
-        with pytest.raises(ValueError, match="up_proj.weight is shared among blocks"):
+        with pytest.raises(ValueError, match=r"up_proj\.weight is shared among blocks"):
             run(model, tokens, sharding="fsdp")
 
 
