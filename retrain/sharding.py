@@ -140,8 +140,10 @@ class Shards:
         self.module, self.device = module, device
 
     def __enter__(self) -> Shards:
-        # a group of its own, by which processes can talk that were cut off in the middle of something else
+        # groups of their own, by which processes can talk that were cut off in the middle of something else; that of the
+        # roll call has a timeout of its own, as monitored_barrier's holds on the first process alone
         self._group = distributed.new_group(backend="gloo")
+        self._roll_call = distributed.new_group(backend="gloo", timeout=_PATIENCE)
         modules = list(self.module.modules())
         blocks = [block.module for block in find_blocks(self.module)]
         self._places = [
@@ -188,7 +190,7 @@ class Shards:
         with interrupt_after():
             try:
                 if error is not None:
-                    distributed.monitored_barrier(self._group, timeout=_PATIENCE)
+                    distributed.monitored_barrier(self._roll_call, timeout=_PATIENCE)
                 self._gather()
             except RuntimeError as alone:
                 if error is None:
@@ -198,7 +200,8 @@ class Shards:
                 )
             finally:
                 self._take_off()
-        distributed.destroy_process_group(self._group)
+        for group in (self._group, self._roll_call):
+            distributed.destroy_process_group(group)
 
     def shard(self, param: nn.Parameter) -> DTensor:
         """What stands in the place of ``param`` while this is open."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from trisparse.retrain.perp import retrain
 from trisparse.retrain.run_folder import checkpoints
 from trisparse.retrain.sharding import training_device
 from trisparse.sparsity.checkpoint import load, read_info, save
@@ -79,7 +80,7 @@ def found(folder, done):
 
 
 @pytest.fixture
-def alike(run, build, folder):
+def alike(quick, build, folder):
     """``alike(name)``: the run ``name`` in one process with the same global batch, (report, model)."""
     tokens = torch.load(folder / "tokens.pt")
 
@@ -87,7 +88,7 @@ def alike(run, build, folder):
         kind, changes = RUNS[name]
         model = build(kind)
         options = COMMON | changes | {"batch_size": 4, "sharding": "none", "save_steps": None}
-        return run(model, tokens, validation=tokens[:2], **options), model
+        return retrain(model, tokens, quick(**options), validation=tokens[:2], progress=False), model
 
     return one
 
@@ -157,10 +158,11 @@ def test_checkpoints_are_those_of_a_model_that_is_not_sharded(folder, done, alik
             torch.testing.assert_close(sharded[index][name], tensor, rtol=1e-2, atol=1e-5, msg=f"{name} of {index}")
 
 
-def test_a_model_in_bf16_with_a_teacher_and_a_grid(folder, found, run, build):
+def test_a_model_in_bf16_with_a_teacher_and_a_grid(folder, found, quick, build):
     tokens = torch.load(folder / "tokens.pt")
     options = COMMON | HALF | {"batch_size": 4, "sharding": "none"}
-    one = run(build("llama").bfloat16(), tokens, validation=tokens, teacher=build("opt-dropout").bfloat16(), **options)
+    model, teacher = build("llama").bfloat16(), build("opt-dropout").bfloat16()
+    one = retrain(model, tokens, quick(**options), validation=tokens, teacher=teacher, progress=False)
     for process in found:
         assert process["half"]["losses"] == pytest.approx(one.losses, rel=2e-3)
         assert process["half"]["grid"] == found[0]["half"]["grid"]
@@ -230,7 +232,9 @@ def test_models_that_cannot_be_sharded_are_refused(build, tokens, run, monkeypat
     with pytest.raises(ValueError, match="sharding must be one of none, fsdp, got 'zero'"):
         run(build("llama"), tokens, sharding="zero")
     with pytest.raises(ValueError, match="compressed layers hold buffers: decompress"):
-        run(compress(build("llama")), tokens, sharding="fsdp")
+        model = build("llama")
+        compress(model)
+        run(model, tokens, sharding="fsdp")
     with pytest.raises(ValueError, match=r"dtype='fp16' .*take 'bf16'"):
         run(build("llama"), tokens, sharding="fsdp", dtype="fp16")
     model = build("llama")
