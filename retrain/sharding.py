@@ -192,12 +192,10 @@ class Shards:
                 if error is not None:
                     distributed.monitored_barrier(self._roll_call, timeout=_PATIENCE)
                 self._gather()
-            except RuntimeError as alone:
+            except RuntimeError:
                 if error is None:
                     raise
-                error.add_note(
-                    f"the weights are split over processes that do not answer: load the model anew ({alone})"
-                )
+                error.add_note("the weights are split over processes that do not answer: load the model anew")
             finally:
                 self._take_off()
         for group in (self._group, self._roll_call):
