@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,10 +18,19 @@ from trisparse.kernels.cross_entropy import tokens_at_once
 from trisparse.retrain.batch_settings import BatchSettings, batch_settings
 from trisparse.retrain.distillation import check_teacher
 from trisparse.retrain.loop import autocast, random_state_kept, with_labels
-from trisparse.retrain.perp import PERPConfig, autocast_dtype, check_length, parameter_count, parameter_groups_for
+from trisparse.retrain.perp import (
+    PERPConfig,
+    autocast_dtype,
+    check_grid,
+    check_length,
+    parameter_count,
+    parameter_groups_for,
+)
 from trisparse.retrain.processes import process_count
 from trisparse.retrain.run import adapted_for
 from trisparse.retrain.token_loss import lean_loss, takes_lean_loss
+from trisparse.sparsity.modes import training
+from trisparse.sparsity.report import as_text
 
 
 @dataclass(frozen=True)
@@ -116,24 +124,23 @@ class RetrainingPlan:
         for field in dataclasses.fields(self.memory):
             table.add_row(field.name, f"{getattr(self.memory, field.name) / 2**20:,.1f} MiB")
         table.add_row("memory", f"{self.memory.total / 2**20:,.1f} MiB on each device, estimated")
-        console = Console(width=110, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
+        return as_text(table, width=110)
 
 
-def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None) -> RetrainingPlan:
-    """What retraining ``model`` by ``config`` would do and take; the model is left as it was.
+def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None, validation: Any = None) -> RetrainingPlan:
+    """What retraining ``model`` by ``config`` would do and take; the model is left as it was, and nothing is written.
 
     Args:
         model: as of :func:`trisparse.retrain.perp.retrain`.
         config: likewise.
         teacher: likewise.
+        validation: likewise; it is not read, but a grid of learning rates needs one.
 
     Raises:
         ValueError: the model does not fit ``config``.
         MaskError: a pruned weight is not zero.
     """
+    check_grid(config, validation)
     groups = parameter_groups_for(model, config)
     check_length(model, config)
     dtype = autocast_dtype(model, config)
@@ -142,7 +149,7 @@ def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None) -> R
     total = parameter_count(model)
     batch = batch_settings(config, total)
     with random_state_kept():
-        adapted = adapted_for(model, groups, config)
+        adapted = adapted_for(model, groups, config, trains=False)
         try:
             adapted.switch_cache_off()
             memory = _memory(adapted.module, model, config, batch, dtype, teacher)
@@ -204,7 +211,7 @@ def _kept_bytes(model: Any, rows: int, seq_len: int, dtype: torch.dtype | None) 
     longest = max(8, min(32, seq_len))
     probes = (longest // 4, longest // 2, longest)
     measured = []
-    with _training(model):
+    with training(model):
         for length in probes:
             ids = (torch.arange(length, device=device) % model.get_input_embeddings().weight.shape[0])[None]
             with _counting(own) as kept, autocast(device, dtype), lean_loss(model):
@@ -233,14 +240,3 @@ def _counting(own: set[int]) -> Iterator[dict[int, int]]:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

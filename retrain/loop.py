@@ -21,7 +21,7 @@ from trisparse.retrain.loop_options import save_every
 from trisparse.retrain.processes import is_main_process, process_count
 from trisparse.retrain.run_folder import checkpoints, load_trained, save_trained, unmark
 from trisparse.retrain.sharded_trainer import ShardedTrainer
-from trisparse.retrain.sharding import first_not_finite, is_sharded, whole_parameters
+from trisparse.retrain.sharding import first_not_finite, whole_parameters
 from trisparse.retrain.token_loss import lean_loss
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
@@ -185,10 +185,10 @@ class _Trainer(ShardedTrainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # the Trainer comes here on every process, and what is sharded takes all of them
+        # not the Trainer's own: PEFT would add the weight under the head's adapter, and "full" has the model twice.
+        # The Trainer comes here on every process, and what is sharded takes all of them.
         trained = whole_parameters(self.adapted, self.trained, keep=self.args.should_save)
         if self.args.should_save:
-            super()._save(output_dir, dict(trained) if is_sharded(self.adapted) else state_dict)
             save_trained(trained, Path(str(output_dir or self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -227,7 +227,8 @@ def trainer_for(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(config.steps * config.warmup_ratio),
+        # rounded down: a warm-up of one step has the rate 0, and would be all of a run of one step
+        warmup_steps=math.floor(config.steps * config.warmup_ratio),
         activation_checkpointing=config.gradient_checkpointing,
         # the reentrant kind gives no gradients where a block's input needs none, and the embedding is frozen
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
@@ -236,7 +237,7 @@ def trainer_for(
         fp16=scaled,  # accelerate's own autocast then, which comes with the scaler of the gradients
         use_cpu=device.type == "cpu",
         ddp_backend="gloo" if processes > 1 and device.type == "cpu" else None,
-        ddp_find_unused_parameters=False,  # every adapter is used in every forward
+        ddp_find_unused_parameters=False,  # everything that trains is used in every forward
         dataloader_pin_memory=device.type == "cuda",
         logging_strategy="steps",
         logging_steps=1,

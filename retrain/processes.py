@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -10,6 +12,8 @@ from torch import distributed
 
 Sharding = Literal["none", "fsdp"]
 SHARDINGS = ("none", "fsdp")
+# where accelerate looks on the CPU
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def process_count() -> int:
@@ -18,6 +22,17 @@ def process_count() -> int:
     LOCAL_RANK is what accelerate goes by: a scheduler may set WORLD_SIZE alone.
     """
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+@contextmanager
+def launcher_alone() -> Iterator[None]:
+    """Hide the sizes that :func:`process_count` does not count: on the CPU accelerate would wait for so many others."""
+    names = () if "LOCAL_RANK" in os.environ else _SIZES
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def is_main_process() -> bool:
@@ -34,6 +49,20 @@ def local_device() -> torch.device:
 
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on")
+
+
+def check_launcher() -> None:
+    """Refuse what would split the weights, for a loop that holds them whole on every process.
+
+    Raises:
+        ValueError: accelerate was configured for FSDP or DeepSpeed.
+    """
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if _is_on(variable):
+            raise ValueError(
+                f"{name} ({variable}) splits the weights, which this training holds whole: use DDP (torchrun, or "
+                "accelerate launch --multi_gpu)"
+            )
 
 
 def chosen_sharding(asked: Sharding) -> Sharding:

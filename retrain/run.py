@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from trisparse.retrain.batch_settings import BatchSettings
 from trisparse.retrain.full import FullWeights
 from trisparse.retrain.groups import ParameterGroups
 from trisparse.retrain.guard import MaskGuard
+from trisparse.retrain.held_masks import held_masks
 from trisparse.retrain.loop import RetrainError, Watch, mean_loss, trainer_for
+from trisparse.retrain.processes import launcher_alone
 from trisparse.retrain.report import PeakMemory
 from trisparse.retrain.sharding import Shards, accelerate_left_out, training_device
 from trisparse.sparsity.mask import check_masks
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
     from trisparse.retrain.perp import PERPConfig
 
 
-def adapted_for(model: Any, groups: ParameterGroups, config: PERPConfig) -> Adapted | FullWeights:
-    """``model`` made ready to train ``config.groups``."""
+def adapted_for(
+    model: Any, groups: ParameterGroups, config: PERPConfig, *, trains: bool = True
+) -> Adapted | FullWeights:
+    """``model`` made ready to train ``config.groups``; with ``trains`` False for a look at it, which writes nothing."""
     if "full" in config.groups:
-        return FullWeights(model, config.output_dir)
+        return FullWeights(model, config.output_dir, kept=trains)
     return Adapted(model, groups, tuple(config.groups), config.rank, config.alpha, config.variant)
 
 
@@ -70,7 +74,8 @@ class Run:
             adapted.switch_cache_off()
             with self._split(adapted):
                 losses = self._loss(adapted)
-                with watch, temporary as folder, PeakMemory(next(self.model.parameters()).device) as memory:
+                memory = PeakMemory(next(self.model.parameters()).device)
+                with launcher_alone(), watch, temporary as folder, memory:
                     trainer = trainer_for(
                         adapted.module,
                         self.windows,
@@ -112,9 +117,9 @@ class Run:
             return
         device = training_device(self.model)
         teacher = nullcontext() if self.teacher is None else Shards(self.teacher, device)
-        with accelerate_left_out(), teacher, Shards(adapted.module, device) as shards:
-            if isinstance(adapted, FullWeights):
-                adapted.hold_parts(shards)
+        with accelerate_left_out(), teacher, Shards(adapted.module, device), ExitStack() as held:
+            if isinstance(adapted, FullWeights):  # again: the parameters are others now
+                held.enter_context(held_masks(self.model, self.model.parameters()))
             yield
 
     def _loss(self, adapted: Adapted | FullWeights) -> list[float]:

@@ -38,9 +38,14 @@ _HOOKS = (
 )  # fmt: skip
 
 
+def is_split(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is split over the processes."""
+    return isinstance(tensor, DTensor)
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether ``module``'s parameters are split over the processes."""
-    return any(isinstance(param, DTensor) for param in module.parameters())
+    return any(is_split(param) for param in module.parameters())
 
 
 def held(tensor: Tensor) -> Tensor:
@@ -140,8 +145,8 @@ class Shards:
         self.module, self.device = module, device
 
     def __enter__(self) -> Shards:
-        # groups of their own, by which processes can talk that were cut off in the middle of something else; that of the
-        # roll call has a timeout of its own, as monitored_barrier's holds on the first process alone
+        # groups of their own, by which processes can talk that were cut off in the middle of something else; that of
+        # the roll call has a timeout of its own, as monitored_barrier's holds on the first process alone
         self._group = distributed.new_group(backend="gloo")
         self._roll_call = distributed.new_group(backend="gloo", timeout=_PATIENCE)
         modules = list(self.module.modules())
@@ -200,10 +205,6 @@ class Shards:
                 self._take_off()
         for group in (self._group, self._roll_call):
             distributed.destroy_process_group(group)
-
-    def shard(self, param: nn.Parameter) -> DTensor:
-        """What stands in the place of ``param`` while this is open."""
-        return self._shards[param]
 
     def _let_go(self) -> None:
         """Empty the parameters that have been split."""

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -87,6 +88,10 @@ def test_dry_run_reads_no_data_and_writes_nothing(folder, tmp_path):
     shown = invoke(folder / "pruned", "--dry-run", "--teacher", folder / "dense", "--seq-len", 32)
     assert "on each device, estimated" in shown
     assert "norms" in shown
+    full = ["--dry-run", "--groups", "full", "--seq-len", 32, "--output-dir", folder / "run", "--json"]
+    assert list(json.loads(invoke(folder / "pruned", *full))["trainable"]) == ["full"]
+    grid = ["--dry-run", "--learning-rate", "grid", "--seq-len", 32, "--validation", "no file", "--json"]
+    assert json.loads(invoke(folder / "pruned", *grid))["grid_steps"] == 5 * 20
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 
@@ -98,6 +103,11 @@ def test_a_preset_and_adapters_that_stay(folder, tmp_path):
     options = ["--variant", "lora", "--no-merge", "--groups", "lora", "--targets", "q_proj,v_proj", "--rank", 2]
     kept = json.loads(invoke(folder / "pruned", *options, *short, "--out", tmp_path / "adapters"))
     assert kept["trainable"] == {"lora": 2 * 2 * 2 * (32 + 32)}
+    head = ["--no-merge", "--groups", "head", "--rank", 2]
+    invoke(folder / "pruned", *head, *short, "--out", tmp_path / "head")
+    assert {name.rpartition(".lora_")[2] for name in load_file(tmp_path / "head" / "adapter_model.safetensors")} == {
+        "A.weight", "B.weight",
+    }  # fmt: skip
     adapters = load_adapters(load(folder / "pruned"), tmp_path / "adapters")
     assert sum(p.numel() for name, p in adapters.named_parameters() if ".lora_" in name) == kept["trainable"]["lora"]
 
@@ -158,6 +168,9 @@ def test_a_missing_file_and_one_that_is_no_text(tmp_path):
         (["--data", "TEXT", "--out", "NEW", "--seq-len", "65"], "maximum of 64 positions"),
         (["--dry-run", "--seq-len", "65"], "maximum of 64 positions"),
         (["--dry-run", "--groups", "biases"], "nothing to train"),
+        (["--dry-run", "--learning-rate", "grid"], "pass validation"),
+        (["--dry-run", "--report-to", "tensorboard"], "report_to=tensorboard needs output_dir"),
+        (["--dry-run", "--save-total-limit", "0"], "save_total_limit must be"),
         (["--dry-run", "--groups", "lora,heads"], "groups must be"),
     ],
 )

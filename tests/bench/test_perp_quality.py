@@ -7,12 +7,19 @@ import torch
 import transformers
 from torch import nn
 
-from trisparse.bench.perp_quality import best_of_grid, compare, revived_in_the_file
-from trisparse.retrain.loop import RetrainError
+from trisparse.bench.perp_quality import compare, retrained, revived_in_the_file
 from trisparse.sparsity.mask import masks
 from trisparse.sparsity.sparsify import sparsify
 
-OPTIONS = {"steps": 6, "batch_size": 2, "gradient_accumulation": 1, "seq_len": 16, "dtype": "fp32"}
+OPTIONS = {
+    "steps": 8,
+    "batch_size": 2,
+    "gradient_accumulation": 1,
+    "seq_len": 16,
+    "dtype": "fp32",
+    "learning_rates": (1e-7, 1e-2),
+    "grid_steps": 4,
+}
 
 
 @pytest.fixture
@@ -40,27 +47,19 @@ def data():
     return {"train": tokens[:12], "validation": tokens[12:18], "test": tokens[18:]}
 
 
-def test_the_rate_with_the_lowest_validation_loss_is_taken(pruned, data):
-    seen = {}
-    best, row = best_of_grid(pruned, data, OPTIONS | {"groups": ("full",)}, (1e-7, 1e-2), seen.__setitem__)
-    assert row["learning_rate"] == min(seen, key=seen.get) == 1e-2
-    assert row["validation_loss"] == {"1e-07": seen[1e-7], "0.01": seen[1e-2]}
-    assert seen[1e-7] - seen[1e-2] > 0.01
-    assert row["trainable_share"] == 1.0
-    assert best is not pruned
-
-
-def test_rates_that_diverge_are_left_out(pruned, data):
-    options = OPTIONS | {"groups": ("full",), "max_grad_norm": 0}
-    _, row = best_of_grid(pruned, data, options, (1e-2, 1e30), lambda *_: None)
+def test_the_rate_is_found_by_the_grid(pruned, data):
+    before = {name: value.clone() for name, value in pruned.state_dict().items()}
+    own, row = retrained(pruned, data, OPTIONS | {"groups": ("full",)})
     assert row["learning_rate"] == 1e-2
-    assert row["validation_loss"]["1e+30"] is None
-    with pytest.raises(RetrainError, match="no learning rate"):
-        best_of_grid(pruned, data, options, (1e30,), lambda *_: None)
+    assert row["grid"]["1e-07"] - row["grid"]["0.01"] > 0.01
+    assert row["validation_loss"][1] < row["grid"]["0.01"]  # 8 steps against 4
+    assert row["trainable_share"] == 1.0
+    assert not torch.equal(own.lm_head.weight, pruned.lm_head.weight)
+    assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
 
 
 def test_the_table(pruned, data):
-    result = compare(pruned, data, OPTIONS, (1e-2,), check_steps=2)
+    result = compare(pruned, data, OPTIONS, check_steps=2)
     rows = list(result["rows"].values())
     assert [row["revived"] for row in rows] == [0, 0]
     assert all(1 < row["perplexity"] < result["before"] for row in rows)

@@ -111,6 +111,7 @@ def _snapshot(model: Any) -> dict[str, Any]:
         "modules": [(name, id(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(param)) for name, param in model.named_parameters()],
         "requires_grad": [param.requires_grad for param in model.parameters()],
+        "dtypes": [param.dtype for param in model.parameters()],
         "training": [module.training for module in model.modules()],
         "config": model.config.to_dict(),
         "ties": dict(model.all_tied_weights_keys),

@@ -109,7 +109,7 @@ def test_checkpointing_and_fewer_groups_take_less(llama):
 def test_counts_are_those_of_the_run(build, tokens, quick):
     model = build("llama-tied")
     config = quick(learning_rate="grid", learning_rates=(1e-3, 1e-2), grid_steps=2, gradient_accumulation=2)
-    plan = retraining_plan(model, config)
+    plan = retraining_plan(model, config, validation=tokens)
     report = retrain(model, tokens, config, validation=tokens, progress=False)
     for name in (
         "trainable",
@@ -129,6 +129,23 @@ def test_counts_are_those_of_the_run(build, tokens, quick):
     assert "norms" in str(plan)
     assert f"3 ({report.tokens:,} tokens)" in str(plan)
     assert "steps of the grid" in str(plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_of_full_retraining_writes_nothing(build, quick, tmp_path, monkeypatch, snapshot, assert_same, dtype):
+    def written(*args, **kwargs):
+        raise OSError("a plan wrote a file")
+
+    monkeypatch.setattr("trisparse.retrain.full.tempfile.TemporaryFile", written)
+    model = build("llama").to(dtype)
+    before = snapshot(model)
+    config = quick(groups="full", dtype="auto", output_dir=tmp_path / "run")
+    plan = retraining_plan(model, config)
+    assert plan.trainable == {"full": plan.total_parameters}
+    assert_same(model, before)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(OSError, match="wrote a file"):  # as a run does, so that a failure can put the weights back
+        retrain(model, torch.zeros(8, 16, dtype=torch.long), config, progress=False)
 
 
 def test_a_teacher_counts(build, quick):
@@ -154,6 +171,8 @@ def test_what_does_not_fit_is_refused(build, quick, snapshot, assert_same):
     for changes, match in (({"groups": ("biases",)}, "nothing to train"), ({"seq_len": 64}, "maximum of 32")):
         with pytest.raises(ValueError, match=match):
             retraining_plan(model, quick(**changes))
+    with pytest.raises(ValueError, match=r"learning_rate='grid' .* pass validation"):
+        retraining_plan(model, quick(learning_rate="grid"))
     with pytest.raises(ValueError, match="share parameters"):
         retraining_plan(model, quick(), teacher=copy.copy(model))
     assert_same(model, before)

@@ -85,6 +85,18 @@ def test_one_process_writes_and_prints(launched):
     assert [step["step"] for step in read_info(folder / "retrained")["recipe"]] == ["retrain"]
 
 
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE"])
+def test_a_size_that_a_scheduler_set_is_one_process(build, tokens, run, monkeypatch, variable):
+    for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    wanted = run(build("llama"), tokens).losses
+    monkeypatch.setenv(variable, "4")
+    report = run(build("llama"), tokens)
+    assert report.losses == wanted
+    assert report.batch == (2, 1, 1)
+    assert os.environ[variable] == "4"
+
+
 def test_a_launcher_is_known_by_its_local_rank(monkeypatch):
     for variable in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)

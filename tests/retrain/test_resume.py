@@ -20,7 +20,7 @@ from trisparse.retrain.perp import retrain
 from trisparse.retrain.run_folder import RUN_FILE, TRAINED_FILE, checkpoints
 from trisparse.sparsity.mask import check_masks
 
-STEPS = {"steps": 8, "save_steps": 2, "gradient_accumulation": 2}
+STEPS = {"steps": 8, "save_steps": 2, "save_total_limit": None, "gradient_accumulation": 2}
 
 # dropout, so that the random state matters; more windows than a step takes, so that their order does
 KILLED = """
@@ -121,7 +121,7 @@ def test_every_kind_of_training_resumes(build, tokens, tmp_path, run, changes):
 
 
 def test_an_output_folder_alone_has_a_checkpoint_every_tenth_and_at_the_end(build, tokens, tmp_path, run):
-    run(build("llama"), tokens, output_dir=tmp_path, steps=11)
+    run(build("llama"), tokens, output_dir=tmp_path, steps=11, save_total_limit=None)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 10, 11)]
 
 

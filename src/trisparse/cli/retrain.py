@@ -67,6 +67,7 @@ def retrain(
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for checkpoints.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    save_total_limit: Annotated[int | None, typer.Option(help="Checkpoints that stay: the last 2, by default.")] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume/--no-resume", help="Go on from the last checkpoint in --output-dir.")
     ] = None,
@@ -120,6 +121,7 @@ def retrain(
         "seed": seed,
         "output_dir": output_dir,
         "save_steps": save_steps,
+        "save_total_limit": save_total_limit,
         "resume": resume,
         "guard_every": guard_every,
         "distillation_weight": distillation_weight,
@@ -146,7 +148,7 @@ def retrain(
     loaded.to(where)
     dense = None if teacher is None else load_model(teacher)[0].to(where)
     if dry_run:
-        plan = retraining_plan(loaded, options, teacher=dense)
+        plan = retraining_plan(loaded, options, teacher=dense, validation=validation)
         show(plan.to_dict(), str(plan), as_json)
         return
     if held_out is not None:
@@ -162,6 +164,6 @@ def retrain(
         if report.peft_model is None:
             save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, record])
         else:
-            report.peft_model.save_pretrained(str(out))
+            report.peft_model.save_pretrained(str(out), save_embedding_layers=False)
         show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
     leave()
