@@ -149,7 +149,8 @@ def retrain(
     dense = None if teacher is None else load_model(teacher)[0].to(where)
     if dry_run:
         plan = retraining_plan(loaded, options, teacher=dense, validation=validation)
-        show(plan.to_dict(), str(plan), as_json)
+        if is_main_process():
+            show(plan.to_dict(), str(plan), as_json)
         return
     if held_out is not None:
         held_out = token_windows(held_out, tokenizer=tokenizer, seq_len=options.seq_len, samples=validation_windows)
