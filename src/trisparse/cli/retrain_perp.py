@@ -68,7 +68,8 @@ def run(job: Job) -> None:
     dense = None if teacher is None else load_model(teacher)[0].to(where)
     if job.dry_run:
         plan = retraining_plan(model, options, teacher=dense, validation=job.validation)
-        show(plan.to_dict(), str(plan), job.as_json)
+        if is_main_process():
+            show(plan.to_dict(), str(plan), job.as_json)
         return
     if held_out is not None:
         held_out = token_windows(held_out, tokenizer=tokenizer, seq_len=options.seq_len, samples=job.validation_windows)
