@@ -5,6 +5,7 @@ import inspect
 import json
 
 import pytest
+from safetensors.torch import load_file
 
 from trisparse.cli.config_file import read_settings, section_of
 from trisparse.cli.retrain import FORMS, retrain
@@ -113,6 +114,11 @@ def test_full_retraining(tiny_llama, invoke, tmp_path):
     full = json.loads(invoke(tiny_llama / "pruned", "--groups", "full", *short, "--out", tmp_path / "full"))
     assert full["trainable"] == {"full": full["total_parameters"]}
     check_masks(load(tmp_path / "full"))
+    head = ["--no-merge", "--groups", "head", "--rank", 2]
+    invoke(tiny_llama / "pruned", *head, *short, "--out", tmp_path / "head")
+    assert {name.rpartition(".lora_")[2] for name in load_file(tmp_path / "head" / "adapter_model.safetensors")} == {
+        "A.weight", "B.weight",
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
