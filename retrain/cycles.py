@@ -22,7 +22,7 @@ from trisparse.retrain.cycles_report import CycleReport, CyclesReport
 from trisparse.retrain.distillation import check_teacher
 from trisparse.retrain.freezing import FreezingCallback, GradualFreezing
 from trisparse.retrain.perp import PERPConfig, autocast_dtype, check_grid, parameter_count, retrain, training_windows
-from trisparse.retrain.processes import check_launcher, process_count
+from trisparse.retrain.processes import chosen_sharding, process_count
 from trisparse.retrain.report import RetrainReport
 from trisparse.retrain.run_folder import checkpoints, run_identity
 from trisparse.retrain.sparsity_schedule import SCHEDULES, SparsitySchedule, pattern_schedule
@@ -143,7 +143,7 @@ def prune_cycles(
     """
     start = time.perf_counter()
     own = config.retraining
-    check_launcher()
+    chosen_sharding(own.sharding)
     check_grid(own, validation)
     pattern = parse_pattern(target)
     find_metric(config.method, has_data=True)

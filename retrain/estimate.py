@@ -26,11 +26,13 @@ from trisparse.retrain.perp import (
     parameter_count,
     parameter_groups_for,
 )
-from trisparse.retrain.processes import process_count
+from trisparse.retrain.processes import chosen_sharding, process_count
 from trisparse.retrain.run import adapted_for
+from trisparse.retrain.sharding import training_device
 from trisparse.retrain.token_loss import lean_loss, takes_lean_loss
 from trisparse.sparsity.modes import training
 from trisparse.sparsity.report import as_text
+from trisparse.sparsity.targets import find_blocks
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class MemoryEstimate:
     - weights: of the model, its buffers, its adapters and the teacher.
     - gradients: one number for each that trains; twice with several processes (DDP's buckets).
     - optimizer: AdamW's two moments, two numbers for each that trains.
+    - with sharding "fsdp": of each of these the process's part. To the weights and the gradients come, whole, those
+      outside the blocks and of two blocks, the one that runs and the one that is gathered meanwhile.
     - activations: what autograd keeps of a forward, plus what the backward adds to it. Kept: c0 + batch · (c1·s +
       c2·s²) for windows of s tokens, by three forwards of 8, 16 and 32 tokens. c0 is the casts of the weights under
       autocast, c2 is attention that keeps its scores. The backward adds the fp32 logits of some tokens
@@ -140,6 +144,7 @@ def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None, vali
         ValueError: the model does not fit ``config``.
         MaskError: a pruned weight is not zero.
     """
+    config = dataclasses.replace(config, sharding=chosen_sharding(config.sharding))
     check_grid(config, validation)
     groups = parameter_groups_for(model, config)
     check_length(model, config)
@@ -176,7 +181,9 @@ def _memory(
     logits = 4 * tokens * vocabulary
     lean = takes_lean_loss(model)
     kept = _kept_bytes(model, batch.size, config.seq_len, dtype)
-    at_once = tokens_at_once(vocabulary, next(model.parameters()).device.type)
+    sharded = config.sharding == "fsdp"
+    device = training_device(model) if sharded else next(model.parameters()).device
+    at_once = tokens_at_once(vocabulary, device.type)
     of_loss = 4 * min(tokens, at_once) * vocabulary if lean else 2 * logits
     of_loss += 0 if teacher is None else 3 * logits
     activations = kept + of_loss
@@ -190,12 +197,32 @@ def _memory(
         freed = logits * itemsize // 4 if lean else logits
         in_flight = 2 * tokens * max(sizes, default=0) * itemsize
         activations = inputs + max(of_loss, (kept - inputs) / max(len(blocks), 1) + in_flight - freed)
+    models = [model] if teacher is None else [model, teacher]
+    if sharded:
+        buffers = sum(buffer.nbytes for held in models for buffer in held.buffers())
+        return MemoryEstimate(
+            weights=buffers + sum(_sharded_bytes(held) for held in models),
+            gradients=_sharded_bytes(model, trained=True),
+            optimizer=-(-2 * trained // process_count()),
+            activations=round(activations),
+        )
     return MemoryEstimate(
-        weights=stored_bytes(model) + (0 if teacher is None else stored_bytes(teacher)),
+        weights=sum(map(stored_bytes, models)),
         gradients=trained * (1 if process_count() == 1 else 2),
         optimizer=2 * trained,
         activations=round(activations),
     )
+
+
+def _sharded_bytes(model: nn.Module, *, trained: bool = False) -> int:
+    """Bytes of parameters in a process's part and in what is gathered at a time; of those that train, if so asked."""
+
+    def size(module: nn.Module) -> int:
+        return sum(param.nbytes for param in module.parameters() if param.requires_grad or not trained)
+
+    blocks = sorted(size(block.module) for block in find_blocks(model))
+    everything = size(model)
+    return -(-everything // process_count()) + everything - sum(blocks) + sum(blocks[-2:])
 
 
 def stored_bytes(model: nn.Module) -> int:

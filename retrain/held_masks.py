@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from trisparse.kernels.bitmask import apply_bits, pack_bits
+from trisparse.retrain.sharding import held, is_split, rows_held
 from trisparse.sparsity.mask import Mask, masks
 
 
@@ -22,7 +24,8 @@ def held_masks(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[Non
 
     Args:
         model: with its masks, and zeros where they prune (:func:`trisparse.sparsity.mask.check_masks`).
-        params: what trains; those without a mask, and those that do not require a gradient, are left alone.
+        params: what trains, whole or split over processes; those without a mask, and those that do not require a
+            gradient, are left alone.
     """
     chosen = {id(param) for param in params if param.requires_grad}
     with ExitStack() as hooks:
@@ -32,6 +35,9 @@ def held_masks(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[Non
             param = model.get_submodule(owner)._parameters.get(attribute)
             if param is not None and id(param) in chosen:
                 packed, cols = _stored(mask)
+                if is_split(param):
+                    rows = packed.unflatten(0, (len(param), -1))  # of the mask's matrix, by row of the parameter
+                    packed = rows[rows_held(len(param))].flatten(0, 1)
                 hook = partial(_zero_pruned, packed.to(param.device), cols)
                 hooks.callback(param.register_post_accumulate_grad_hook(hook).remove)
         yield
@@ -49,4 +55,5 @@ def _zero_pruned(packed: Tensor, cols: int, param: Tensor) -> None:
     assert param.grad is not None
     if not param.grad.is_contiguous():
         param.grad = param.grad.contiguous()
-    apply_bits(param.grad.view(-1, cols), packed)
+    with torch.no_grad():
+        apply_bits(held(param.grad).view(-1, cols), packed)

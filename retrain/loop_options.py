@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from trisparse.retrain.processes import SHARDINGS
+
 if TYPE_CHECKING:
     from trisparse.retrain.perp import PERPConfig
 
@@ -42,6 +44,8 @@ def check_loop_options(config: PERPConfig) -> None:
         raise ValueError(f"distillation_weight must be a number in (0, 1], got {weight!r}")
     if not _is_number(config.warmup_ratio, least=0) or config.warmup_ratio >= 1:
         raise ValueError(f"warmup_ratio must be a number in [0, 1), got {config.warmup_ratio!r}")
+    if config.sharding not in SHARDINGS:
+        raise ValueError(f"sharding must be one of {', '.join(SHARDINGS)}, got {config.sharding!r}")
     if not isinstance(config.gradient_checkpointing, bool):
         raise ValueError(f"gradient_checkpointing must be True or False, got {config.gradient_checkpointing!r}")
     if not isinstance(config.resume, bool) and config.resume != "auto":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,11 @@ from trisparse.retrain.lora import fills_zeros
 from trisparse.retrain.lora_layer import VARIANTS, Variant
 from trisparse.retrain.lr_grid import choose_learning_rate
 from trisparse.retrain.precision import computing_dtype
-from trisparse.retrain.processes import check_launcher, process_count
+from trisparse.retrain.processes import Sharding, check_same_run, chosen_sharding, join, process_count
 from trisparse.retrain.report import RetrainReport
 from trisparse.retrain.run import Run
 from trisparse.retrain.run_folder import MarkComplete, last_checkpoint, run_identity
+from trisparse.retrain.sharding import check_can_shard, training_device
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import check_masks, masks
@@ -79,6 +80,9 @@ class PERPConfig:
             :mod:`trisparse.retrain.distillation`.
         temperature: T of the same.
         report_to: Trainer's integrations, such as ("wandb",) or ("tensorboard",); some need ``output_dir``.
+        sharding: of several processes: "none" (DDP: each holds the whole model) or "fsdp" (FSDP2: each holds its part
+            of every weight, and blocks are gathered as they run; a model on the CPU trains on the process's GPU then,
+            if there is one). "accelerate launch --use_fsdp --fsdp_version 2" means "fsdp".
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -111,6 +115,7 @@ class PERPConfig:
     distillation_weight: float = 0.5
     temperature: float = 2.0
     report_to: Sequence[str] = ()
+    sharding: Sharding = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", group_names(self.groups))
@@ -154,9 +159,10 @@ def retrain(
     input embedding gets a weight of its own when it is merged, as its LoRA changes the head alone
     (``tie_word_embeddings`` is False from then on; the report says so).
 
-    Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments and holds the whole
-    model; they share the windows of a step among them (DDP), end with the same weights, and the first one writes the
-    checkpoints.
+    Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments and the whole model;
+    they share the windows of a step among them (DDP), end with the same weights, and the first one writes the
+    checkpoints. With ``config.sharding`` "fsdp" the weights are split while training. If one process fails alone then,
+    the others' parts are lost to it, and a note on the exception says so.
 
     Args:
         model: a transformers causal language model with attached masks (:mod:`trisparse.sparsity.mask`), or compressed
@@ -176,7 +182,8 @@ def retrain(
         MaskError: a pruned weight is not zero.
         RetrainError: the loss, the gradient or a trained parameter became NaN or infinite.
     """
-    check_launcher()
+    config = replace(config, sharding=chosen_sharding(config.sharding))
+    sharded = config.sharding == "fsdp"
     check_grid(config, validation)
     groups = parameter_groups_for(model, config)
     dtype = autocast_dtype(model, config)
@@ -185,9 +192,12 @@ def retrain(
     if teacher is not None:
         check_teacher(teacher, model)
     windows, held_out = training_windows(model, data, validation, config, batch, tokenizer)
-    identity = None
-    if config.output_dir is not None:
+    identity: dict[str, Any] = {}
+    if config.output_dir is not None or sharded:
         identity = run_identity(config, batch, dtype, model, windows, teacher=teacher, callbacks=callbacks)
+    if sharded:
+        join(training_device(model))
+        check_same_run(identity)
     resume_from: Path | None = None
     chosen: dict[str, Any] = {}
     if config.resume:
@@ -248,6 +258,13 @@ def parameter_groups_for(model: Any, config: PERPConfig) -> ParameterGroups:
         raise ValueError("model has no masks, and groups asks for 'lora': prune it first, or leave 'lora' out")
     check_masks(model)
     groups = parameter_groups(model)
+    if config.sharding == "fsdp":
+        if _compressed_layers(model):
+            raise ValueError(
+                "sharding='fsdp' splits parameters, and compressed layers hold buffers: decompress() the model first, "
+                "or leave it out (DDP)"
+            )
+        check_can_shard(model)
     if "full" in config.groups and _compressed_layers(model):
         raise ValueError("groups asks for 'full', and model holds compressed layers: decompress() it first")
     if "lora" in config.groups:
@@ -289,14 +306,19 @@ def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:
     """The dtype to compute in under autocast, or None for the model's own fp32.
 
     Raises:
-        ValueError: fp32 or fp16 asked for a model in another dtype, fp16 off CUDA, or a model in fp16.
+        ValueError: fp32 or fp16 asked for a model in another dtype, fp16 off CUDA or sharded, or a model in fp16.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if config.sharding == "none" else training_device(model)
     dtypes = {param.dtype for param in model.parameters()} | {layer.values.dtype for layer in _compressed_layers(model)}
     if torch.float16 in dtypes:
         raise ValueError("model is in fp16, whose gradients underflow: load it in bf16 or fp32")
     if torch.bfloat16 in dtypes and config.dtype in ("fp32", "fp16"):
         raise ValueError(f"dtype={config.dtype!r} needs a model in fp32, this one is in bf16: call model.float() first")
+    if config.dtype == "fp16" and config.sharding == "fsdp":
+        raise ValueError(
+            "dtype='fp16' scales the gradients, and with sharding='fsdp' a process sees the overflows of its part "
+            "alone: take 'bf16'"
+        )
     if config.dtype == "fp16" and device.type != "cuda":
         raise ValueError(f"dtype='fp16' needs a model on CUDA, this one is on {device}: take 'bf16' or 'fp32'")
     return computing_dtype(config.dtype, device, dtypes)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trisparse.retrain.processes import process_count, wait_for_all
+from trisparse.retrain.sharding import as_held, held
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import masks_sha256
 
@@ -65,8 +66,9 @@ def _weights_sha256(model: nn.Module) -> str:
     """A hash over names, shapes and 64 numbers of each parameter and compressed weight: all would take too long."""
     digest = hashlib.sha256()
     compressed = {f"{n}.values": m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-    for name, held in (dict(model.named_parameters()) | compressed).items():
-        weight = held.compressed().values if isinstance(held, SparseLinear) else held  # whatever its layout in memory
+    for name, stored in (dict(model.named_parameters()) | compressed).items():
+        # whatever its layout in memory
+        weight = stored.compressed().values if isinstance(stored, SparseLinear) else stored
         some = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode() + some.numpy().tobytes())
     return digest.hexdigest()
@@ -112,15 +114,15 @@ def last_checkpoint(folder: Path, identity: Any, *, required: bool = True) -> tu
     raise ValueError(f"{complete[-1]} is of another run, resume needs the same: {', '.join(shown)}")
 
 
-def save_trained(model: nn.Module, names: Collection[str], folder: Path) -> None:
-    """Write the parameters ``names`` of ``model``."""
+def save_trained(params: Mapping[str, Tensor], folder: Path) -> None:
+    """Write parameters by name, whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: model.get_parameter(name).detach().contiguous().cpu() for name in names}, folder / TRAINED_FILE)
+    save_file({name: param.contiguous().cpu() for name, param in params.items()}, folder / TRAINED_FILE)
 
 
 @torch.no_grad()
 def load_trained(model: nn.Module, names: Collection[str], folder: Path) -> None:
-    """Read what :func:`save_trained` wrote, in place.
+    """Read what :func:`save_trained` wrote, in place; where parameters are split, each process its part.
 
     Raises:
         ValueError: the file holds other parameters, or in other shapes or dtypes.
@@ -133,7 +135,7 @@ def load_trained(model: nn.Module, names: Collection[str], folder: Path) -> None
     if wrong:
         raise ValueError(f"{folder} does not fit the parameters that train: {', '.join(wrong[:5])}")
     for name, param in params.items():
-        param.copy_(tensors[name])
+        held(param).copy_(as_held(tensors[name], param))
 
 
 class MarkComplete(TrainerCallback):

@@ -169,7 +169,9 @@ def check_masks(model: nn.Module) -> None:
         owner, _, param = name.rpartition(".")
         if isinstance(model.get_submodule(owner), HoldsMask):
             continue
-        weight = model.get_submodule(owner).get_parameter(param)
+        weight = model.get_submodule(owner).get_parameter(param).detach()
+        if hasattr(weight, "full_tensor"):  # split over processes (a DTensor): one at a time, on all of them
+            weight = weight.full_tensor()
         if weight.shape != mask.shape:
             broken.append(f"{name}: shape {tuple(weight.shape)}, mask {tuple(mask.shape)}")
         elif alive := int(((weight != 0) & ~mask.dense(weight.device)).sum()):

@@ -194,7 +194,7 @@ RECONSTRUCT = ["--form", "reconstruct", "--data", "TEXT", "--out", "NEW", "--seq
         (["--form", "cycles", "--sparsity", "75%"], "retrain needs --data and --out"),
         (RECONSTRUCT, "reconstruct needs --dense"),
         ([*RECONSTRUCT, "--dense", "DENSE", "--groups", "head"], "groups must be"),
-        ([*RECONSTRUCT, "--dense", "DENSE", "--targets", "q_proj"], "targets must be one of dense, sparse"),
+        ([*RECONSTRUCT, "--dense", "DENSE", "--targets", "q_proj"], "targets must be one of sparse, dense"),
         ([*RECONSTRUCT, "--dense", "DENSE", "--validation", "TEXT"], "--validation is for --form perp or cycles"),
         ([*RECONSTRUCT, "--dense", "NOWHERE"], "no"),
     ],

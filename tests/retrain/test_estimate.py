@@ -165,6 +165,27 @@ def test_two_processes_have_buckets_and_twice_the_tokens(build, quick, monkeypat
     assert (two.tokens, two.batch) == (2 * alone.tokens, (2, 1, 2))
 
 
+def test_sharding_takes_a_part_and_what_is_gathered(build, quick, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    model = build("llama")
+    whole, sharded = (retraining_plan(model, quick(groups="full", sharding=how)).memory for how in ("none", "fsdp"))
+    # 16 wide, 24 inside, 8 keys and values: 16·(16 + 8 + 8 + 16) + 3·16·24 + 2·16; twice 48·16 and a norm outside
+    block, outside = 4 * 1952, 4 * 1552
+    everything = 2 * block + outside
+    buffers = whole.weights - everything
+    assert sharded.weights == everything // 4 + everything + buffers  # two blocks: all of them are gathered
+    assert sharded.gradients == everything // 4 + everything
+    assert sharded.optimizer == 2 * everything // 4 == whole.optimizer // 4
+    assert sharded.activations == whole.activations
+    model.model.layers.extend(build("llama").model.layers)  # two more, which are not gathered at once
+    deeper = retraining_plan(model, quick(groups="norms", sharding="fsdp")).memory
+    assert deeper.gradients == 4 * 16 * (9 / 4 + 1 + 4)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="one: start them by torchrun"):
+        retraining_plan(model, quick(sharding="fsdp"))
+
+
 def test_what_does_not_fit_is_refused(build, quick, snapshot, assert_same):
     model = build("llama")
     before = snapshot(model)

@@ -91,6 +91,9 @@ def retrain(
     distillation_weight: Annotated[float | None, _perp(help="The teacher's share of the loss.")] = None,
     temperature: Annotated[float | None, _perp(help="Temperature of the distillation.")] = None,
     report_to: Annotated[str | None, _perp(help="wandb, tensorboard or others of Trainer's, with commas.")] = None,
+    sharding: Annotated[
+        str | None, _perp(help="Of several processes: none (DDP), or fsdp (each holds its part of the weights).")
+    ] = None,
     sparsity: Annotated[
         str | None, _cycles(help="What the cycles reach, as for 'trisparse prune'. For vision: prune first.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,12 @@ def tell_resume(options: Any) -> None:
 
 def run(job: Job) -> None:
     """Retrain ``job.model``, or print what that would take."""
+    import torch
+
     from trisparse.retrain.adapter_folder import check_apart, save_adapters
     from trisparse.retrain.estimate import retraining_plan
     from trisparse.retrain.perp import retrain
-    from trisparse.retrain.processes import check_launcher, is_main_process
+    from trisparse.retrain.processes import chosen_sharding, is_main_process
     from trisparse.sparsity.checkpoint import read_info, save
     from trisparse.sparsity.data import token_windows
     from trisparse.sparsity.text import load_text
@@ -48,7 +51,11 @@ def run(job: Job) -> None:
     settings = dict(job.settings)
     teacher = settings.pop("teacher", None)
     options = perp_config(settings)
-    check_launcher()
+    options = dataclasses.replace(options, sharding=chosen_sharding(options.sharding))
+    sharded = options.sharding == "fsdp"
+    if sharded and job.device is not None:
+        raise ValueError(f"device={job.device} has no effect with sharding='fsdp': each process takes its own GPU")
+    where = torch.device("cpu") if sharded else job.where()  # the parts go to the GPU, which may not hold all
     read_info(job.model)
     job.check(options.output_dir, options.report_to)
     if job.out is not None and not options.merge:
@@ -57,11 +64,12 @@ def run(job: Job) -> None:
     text = None if job.dry_run or job.data is None else load_text(job.data, split="train")
     held_out = None if job.dry_run or job.validation is None else load_text(job.validation, split="validation")
     model, tokenizer, recipe = load_model(job.model)
-    model.to(job.where())
-    dense = None if teacher is None else load_model(teacher)[0].to(job.where())
+    model.to(where)
+    dense = None if teacher is None else load_model(teacher)[0].to(where)
     if job.dry_run:
         plan = retraining_plan(model, options, teacher=dense, validation=job.validation)
-        show(plan.to_dict(), str(plan), job.as_json)
+        if is_main_process():
+            show(plan.to_dict(), str(plan), job.as_json)
         return
     if held_out is not None:
         held_out = token_windows(held_out, tokenizer=tokenizer, seq_len=options.seq_len, samples=job.validation_windows)
