@@ -48,8 +48,7 @@ class CyclesJournal:
         """The folder of one cycle."""
         return self.folder / f"cycle-{number}"
 
-    @property
-    def started(self) -> bool:
+    def exists(self) -> bool:
         """Whether a run has begun in the folder."""
         return (self.folder / JOURNAL).is_file()
 
@@ -88,7 +87,7 @@ class CyclesJournal:
             ValueError: there is no journal, or it is of another run (names what differs); nothing was changed.
         """
         path = self.folder / JOURNAL
-        if not path.is_file():
+        if not self.exists():
             raise ValueError(f"resume=True, and {self.folder} holds no {JOURNAL}: leave resume out to start anew")
         theirs, mine = json.loads(path.read_text()), self._content["identity"]
         found = theirs["identity"]

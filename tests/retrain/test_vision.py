@@ -29,24 +29,12 @@ EPOCHS = bench.EPOCHS
 
 
 @pytest.fixture(scope="module")
-def digits():
-    """((1400 images, labels), (397 images, labels))."""
-    return bench.digits()
+def pruned(trained_resnet):
+    return bench.prune(trained_resnet, "95%")
 
 
-@pytest.fixture(scope="module")
-def dense(digits):
-    torch.set_num_threads(1)
-    return bench.trained_resnet(digits[0], seed=0).eval()
-
-
-@pytest.fixture(scope="module")
-def pruned(dense):
-    return bench.prune(dense, "95%")
-
-
-def test_each_preset_brings_back_more(dense, pruned, digits):
-    train, test = digits
+def test_each_preset_brings_back_more(trained_resnet, pruned, digits):
+    dense, (train, test) = trained_resnet, digits
     assert accuracy(dense, test) > 0.94
     assert accuracy(pruned, test) < 0.4
     assert {name for name, _ in dense.named_parameters() if "convolution" in name} < set(masks(pruned))
