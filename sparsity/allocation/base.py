@@ -103,7 +103,8 @@ class BudgetAllocation(Allocation):
 
     The budget is what ``pattern`` keeps of all targets together. Unstructured: largest remainders; with scope
     ``"row"`` the rows of a target differ by at most one weight, the first ones keep more. N:M: n differs from target
-    to target, m is the same. A target that keeps all its weights stays dense; none is wholly pruned.
+    to target, m is the same. A target that keeps all its weights stays dense. One that would keep none keeps one weight,
+    which the target that keeps most gives up.
     """
 
     @abstractmethod
@@ -143,8 +144,9 @@ class BudgetAllocation(Allocation):
         else:
             assert isinstance(pattern, Unstructured)
             counts = largest_remainder(shares.kept, kept)
-            if none := [name for name, count in zip(names, counts, strict=True) if not count]:
-                raise ValueError(f"allocation {self} would prune {', '.join(none[:3])} wholly: exclude it")
+            for i in [i for i, count in enumerate(counts) if not count]:  # as in a layer of zeros, by LAMP
+                counts[counts.index(max(counts))] -= 1
+                counts[i] = 1
             found = [_unstructured(target, count, pattern) for target, count in zip(targets, counts, strict=True)]
         return dict(zip(names, found, strict=True))
 

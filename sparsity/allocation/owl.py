@@ -74,8 +74,7 @@ class OWL(BudgetAllocation):
         sizes = np.asarray(budget.sizes, dtype=np.float64)
         density, width = budget.density, ratio.max() - ratio.min()
         place = (ratio - ratio.min()) / width if width else np.full_like(ratio, 0.5)
-        least = np.maximum(1, sizes * max(0.0, density - self.lambda_))
-        most = sizes * min(1.0, density + self.lambda_)
+        least, most = sizes * max(0.0, density - self.lambda_), sizes * min(1.0, density + self.lambda_)
         wanted = sizes * (density - self.lambda_ + 2 * self.lambda_ * place)
         return Shares(spread(sizes, least, most, budget.kept, base=wanted), [1] * len(sizes))
 

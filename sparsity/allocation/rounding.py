@@ -11,6 +11,8 @@ import numpy.typing as npt
 Numbers = Sequence[float] | npt.NDArray[np.float64]
 
 _HALVINGS = 200  # of an interval: more than a float has bits
+_SUMS = 1 << 16  # running sums that are all looked at; of more, those near the ideal
+_TABLE = 1 << 30  # bytes: one for each layer and running sum
 _DECIMALS = 6  # of a count of weights: what is left of it is the solver's rounding, which must not decide ties
 
 
@@ -83,14 +85,20 @@ def whole_n(ideal: Numbers, groups: Sequence[int], m: int, least: Sequence[int],
     sizes = [count // unit for count in groups]
     if total % unit:
         raise ValueError(f"no n of n:{m} for each layer gives {total} kept weights in all")
-    room = 2 * m * max(sizes)
+    whole = m * sum(sizes)
+    room = min(whole, max(_SUMS, 4 * max(sizes)))
     while True:
+        if len(sizes) * 2 * room > _TABLE:
+            raise ValueError(
+                f"{len(sizes)} layers of up to {max(groups)} groups, whose common divisor is {unit}: too many ways to "
+                f"share {total} weights exactly by n of n:{m}; choose n yourself (PerLayer)"
+            )
         found = _whole_n_within(np.asarray(ideal, dtype=np.float64), sizes, m, least, total // unit, room)
         if found is not None:
             return found
-        if room >= m * sum(sizes):
+        if room == whole:
             raise ValueError(f"no n of n:{m} for each layer gives {total} kept weights in all")
-        room *= 4
+        room = min(whole, 4 * room)
 
 
 def _whole_n_within(
