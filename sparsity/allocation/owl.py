@@ -92,7 +92,7 @@ def outlier_ratio(targets: Sequence[Target], inputs: Mapping[str, InputStatistic
         matrices = target.matrix().chunk(target.parts)
         parts.extend((w, row.float()) for w, row, seen in zip(matrices, x, reached, strict=True) if seen)
     chunks = [(rows, x) for w, x in parts for rows in w.split(_ROWS)]
-    size = sum(rows.numel() for rows, _ in chunks)
+    size: int = sum(rows.numel() for rows, _ in chunks)
     # Sums of a row are exact enough in fp32; there may be 10^8 of them in a block.
     mean = sum(_scores(*chunk).sum(1).sum(dtype=torch.float64).item() for chunk in chunks) / size
     exceeding: int = sum(int((_scores(*chunk) > multiple * mean).sum()) for chunk in chunks)
