@@ -103,8 +103,8 @@ class BudgetAllocation(Allocation):
 
     The budget is what ``pattern`` keeps of all targets together. Unstructured: largest remainders; with scope
     ``"row"`` the rows of a target differ by at most one weight, the first ones keep more. N:M: n differs from target
-    to target, m is the same. A target that keeps all its weights stays dense. One that would keep none keeps one weight,
-    which the target that keeps most gives up.
+    to target, m is the same. A target that keeps all its weights stays dense. One that would keep none keeps one
+    weight, which the target that keeps most gives up.
     """
 
     @abstractmethod
