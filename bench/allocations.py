@@ -35,9 +35,10 @@ from trisparse.sparsity.targets import find_targets
 from trisparse.sparsity.text import pydoc_text
 
 RESULTS = Path("bench/results/allocations.json")
-_SPREAD = ("uniform", "owl:M=5,lambda=0.08", "owl:M=5,lambda=0.15", "owl:M=7,lambda=0.08", "erk", "lamp", "global")
+_SPREAD = ("uniform", "owl:M=5,lambda=0.08", "owl:M=5,lambda=0.15", "owl:M=7,lambda=0.08", "erk", "lamp")
 CASES = (
     *(("wanda", sparsity, allocation) for sparsity in ("60%", "70%") for allocation in _SPREAD),
+    ("wanda", "60%", "global"),
     *(("magnitude", "60% layer", allocation) for allocation in ("uniform", "erk", "lamp")),
     *(("wanda", "4:8", allocation) for allocation in ("uniform", "owl:M=5,lambda=0.15")),
 )

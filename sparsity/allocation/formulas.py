@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trisparse.kernels.threshold import select_global
 from trisparse.sparsity.allocation.base import Allocation, Budget, BudgetAllocation, Patterns, Shares
 from trisparse.sparsity.allocation.rounding import spread
 from trisparse.sparsity.pattern import Pattern, Unstructured
 from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
 from trisparse.sparsity.targets import Target
+
+Scores = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,38 @@ class LAMP(BudgetAllocation):
 
     def shares(self, budget: Budget) -> Shares:
         """See :meth:`BudgetAllocation.shares`."""
-        scores = [lamp_scores(target.weight)[None] for target in budget.targets]
-        kept = select_global(scores, budget.kept, absolute=False)
-        return Shares([float(mask.sum()) for mask in kept], [1] * len(kept))
+        kept = _counts_of_the_greatest([lamp_scores(target.weight) for target in budget.targets], budget.kept)
+        return Shares([float(count) for count in kept], [1] * len(kept))
 
 
-def lamp_scores(weight: Tensor) -> Tensor:
-    """LAMP scores of all elements of ``weight`` in descending order, fp32 on the CPU; 0 where the weight is 0."""
-    magnitudes = np.sort(weight.detach().float().abs().flatten().cpu().numpy())[::-1]
-    squares = np.square(magnitudes, dtype=np.float64)
-    sums = np.cumsum(squares)  # in descending order, those that come before a weight are those that outlive it
-    return torch.from_numpy(np.divide(squares, sums, out=np.zeros_like(squares), where=squares > 0).astype(np.float32))
+def lamp_scores(weight: Tensor) -> Scores:
+    """LAMP scores of all elements of ``weight`` in ascending order, fp32 [weight.numel()]; 0 where the weight is 0."""
+    squares = np.square(np.sort(weight.detach().float().abs().flatten().cpu().numpy()), dtype=np.float64)
+    sums = np.cumsum(squares[::-1])[::-1]  # what outlives a weight comes after it
+    return np.divide(squares, sums, out=np.zeros_like(squares), where=squares > 0).astype(np.float32)
+
+
+def _counts_of_the_greatest(scores: Sequence[Scores], kept: int) -> list[int]:
+    """How many of the ``kept`` greatest are in each of ``scores``, ascending and >= 0; ties go to the earlier one."""
+    keys = [values.view(np.int32) for values in scores]  # the bits of floats >= 0 are in the order of the floats
+
+    def counts(least: int) -> npt.NDArray[np.int64]:
+        return np.array([values.size - int(np.searchsorted(values, np.int32(least))) for values in keys])
+
+    below, above = 0, 1 + max(int(values[-1]) for values in keys)  # the k-th greatest is in [below, above)
+    while above - below > 1:
+        middle = (below + above) // 2
+        if counts(middle).sum() >= kept:
+            below = middle
+        else:
+            above = middle
+    found = counts(above)
+    missing = kept - int(found.sum())
+    for i, tied in enumerate(counts(below) - found):
+        taken = min(missing, int(tied))
+        found[i] += taken
+        missing -= taken
+    return [int(count) for count in found]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """Each formula by hand, on layers of a few weights."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trisparse.sparsity.allocation import ERK, LAMP, Global, Uniform, UniformPlus
-from trisparse.sparsity.allocation.formulas import lamp_scores
+from trisparse.sparsity.allocation.formulas import _counts_of_the_greatest, lamp_scores
 from trisparse.sparsity.pattern import NM, Rows, Unstructured
 from trisparse.sparsity.targets import find_targets
 
@@ -91,7 +94,7 @@ def test_lamp_by_hand(kept, linears):
     # The four greatest are 1, 1, 0.5 and 0.333; by magnitude alone the first layer would be gone.
     model = linears(torch.tensor([[3.0, -2], [0.5, 1]]), torch.tensor([[10.0, -10], [10, 10]]))
     scores = lamp_scores(model["part0"].weight)
-    assert scores.tolist() == pytest.approx([1, 4 / 13, 1 / 14, 0.25 / 14.25])
+    assert scores.tolist() == pytest.approx([0.25 / 14.25, 1 / 14, 4 / 13, 1])
     assert kept(LAMP(), model, 0.5) == [1, 3]
     assert kept(LAMP(), model, 0.25) == [2, 4]  # then 0.308 and 0.25
 
@@ -99,6 +102,14 @@ def test_lamp_by_hand(kept, linears):
 def test_lamp_ties_go_to_the_earlier_layer(kept, linears):
     model = linears(torch.ones(1, 4), torch.ones(1, 4))  # 1, 1/2, 1/3, 1/4 in both
     assert kept(LAMP(), model, 1 - 3 / 8) == [2, 1]
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=9), min_size=1, max_size=5), st.floats(0, 1))
+def test_counts_of_the_greatest_are_those_of_a_stable_sort(layers, share):
+    arrays = [np.sort(np.array(layer, dtype=np.float32)) for layer in layers]
+    kept = round(share * sum(map(len, layers)))
+    ranked = sorted(((-score, i) for i, layer in enumerate(layers) for score in layer))[:kept]
+    assert _counts_of_the_greatest(arrays, kept) == [sum(i == j for _, j in ranked) for i in range(len(layers))]
 
 
 def test_a_layer_of_zeros_is_not_pruned_wholly(kept, linears):
