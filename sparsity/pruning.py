@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,16 +26,31 @@ if TYPE_CHECKING:
 
 
 class Pruning:
-    """Turns statistics into masks and attaches them, a block at a time."""
+    """Turns statistics into masks and attaches them, a block at a time.
 
-    def __init__(self, pattern: Pattern, metric: Metric, seed: int, gradients: GradientStatistics | None) -> None:
+    ``allocated`` has the pattern of each target by name, where an allocation gave them patterns of their own.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        metric: Metric,
+        seed: int,
+        gradients: GradientStatistics | None,
+        allocated: Mapping[str, Pattern] | None = None,
+    ) -> None:
         self.pattern = pattern
+        self.allocated = allocated
         self.metric = metric
         self.seed = seed
         self.gradients = gradients
         self.rows: list[TargetReport] = []
         self.unreached: list[Skipped] = []
         self._on_use: dict[str, tuple[Mask, float]] = {}
+
+    def pattern_of(self, target: Target) -> Pattern:
+        """The pattern that ``target`` is pruned to."""
+        return self.pattern if self.allocated is None else self.allocated[target.name]
 
     def prune(self, group: Sequence[Target], statistics: InputStatistics | None) -> None:
         """Select the masks of all of ``group``, then attach them."""
@@ -89,12 +104,13 @@ class Pruning:
 
     def _select(self, target: Target, x: Tensor | None) -> tuple[Mask, float]:
         start = time.perf_counter()
-        mask = select(target, self._scores(target, x), self.pattern)
+        mask = select(target, self._scores(target, x), self.pattern_of(target))
         return mask, time.perf_counter() - start
 
     def _scores(self, target: Target, x: Tensor | None, *, fused: bool = True) -> list[Score]:
         if x is not None and not torch.isfinite(x).all():
             raise ValueError(f"the inputs of {target.name} overflow on the calibration data")
+        pattern = self.pattern_of(target)
         digest = hashlib.sha256(f"{self.seed} {target.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         parts = target.matrix().chunk(target.parts)
@@ -102,15 +118,15 @@ class Pruning:
         gs = self._gradient_parts(target)
         earlier = mask_of(target.module, target.param)
         # Kernels select by the metric itself, unless scores are changed below.
-        fused = fused and by_kernel(target.weight) and earlier is None and not isinstance(self.pattern, Rows)
+        fused = fused and by_kernel(target.weight) and earlier is None and not isinstance(pattern, Rows)
         try:
             scores = [self.metric.score(w, x, g, generator, fused=fused) for w, x, g in zip(parts, xs, gs, strict=True)]
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
-        by_norm = isinstance(self.pattern, Rows) and not scores[0].absolute
+        by_norm = isinstance(pattern, Rows) and not scores[0].absolute
         if by_norm and any(bool((score.weight < 0).any()) for score in scores):
             raise ValueError(
-                f"{target.name}: metric {self.metric} gives negative scores, and {self.pattern} ranks rows by the norm "
+                f"{target.name}: metric {self.metric} gives negative scores, and {pattern} ranks rows by the norm "
                 "of their scores"
             )
         # Weights pruned before are zero and go first again: before live ones that score zero, too, where an input or
@@ -121,7 +137,7 @@ class Pruning:
             or scores[0].x is not None
             or any(bool(((w == 0) & part).any()) for w, part in zip(parts, kept, strict=True))
         ):
-            least = 0.0 if isinstance(self.pattern, Rows) else -torch.inf  # rows are ranked by a norm
+            least = 0.0 if isinstance(pattern, Rows) else -torch.inf  # rows are ranked by a norm
             scores = [
                 Score(score.materialise().masked_fill(~part & (w == 0), least), absolute=False)
                 for score, part, w in zip(scores, kept, parts, strict=True)
@@ -138,7 +154,7 @@ class Pruning:
         attach(target.module, target.param, mask)
         shape = tuple(mask.shape)
         total = mask.shape.numel()
-        self.rows.append(TargetReport(target.name, shape, str(self.pattern), mask.kept, total, seconds, note))
+        self.rows.append(TargetReport(target.name, shape, str(mask.pattern), mask.kept, total, seconds, note))
 
 
 def _note(target: Target, statistics: InputStatistics | None) -> str:

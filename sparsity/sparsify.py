@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trisparse.sparsity.allocation import Allocation, PerLayer, find_allocation
+from trisparse.sparsity.allocation.allocate import allocate
 from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
@@ -20,7 +22,7 @@ from trisparse.sparsity.metric import METRICS, Method, find_metric
 from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.pruning import Pruning
-from trisparse.sparsity.report import SkippedReport, SparsityReport
+from trisparse.sparsity.report import DENSE_BY_ALLOCATION, SkippedReport, SparsityReport
 from trisparse.sparsity.selection import check_pattern
 from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
 from trisparse.sparsity.targets import Target, Targets, find_targets, is_peft_wrapped
@@ -44,6 +46,7 @@ def sparsify(
     seed: int = 0,
     propagate: Propagate = "block",
     dtype: torch.dtype | None = None,
+    allocation: Allocation | str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> SparsityReport:
     """Prune ``model`` in place and attach its masks.
@@ -68,6 +71,9 @@ def sparsify(
         propagate: how calibration goes on behind a pruned layer: ``"block"``, ``"dense"`` or ``"linear"``
             (see :mod:`trisparse.sparsity.calibration`).
         dtype: compute dtype of calibration; None takes bf16 where the device is fast at it. Statistics are fp32.
+        allocation: how ``sparsity`` is spread over the layers: "uniform", "uniform+", "global", "erk", "lamp", "owl",
+            with parameters as in ``"owl:M=7,lambda=0.1"``, the file of a PerLayer, or an Allocation
+            (see :mod:`trisparse.sparsity.allocation`); None prunes each layer to ``sparsity``.
         progress: show a progress bar with the time left.
 
     Raises:
@@ -76,6 +82,12 @@ def sparsify(
     """
     start = time.perf_counter()
     pattern = parse_pattern(sparsity)
+    spread = None if allocation is None else find_allocation(allocation)
+    if spread is not None:
+        pattern = spread.check(pattern)
+    weighs_inputs = spread is not None and spread.reads_inputs
+    if weighs_inputs and data is None:
+        raise ValueError(f"allocation {spread} weighs the layers' inputs: pass data (and a tokenizer for text)")
     metric = find_metric(method, has_data=data is not None, has_gradients=gradients is not None)
     reads_inputs = "X" in metric.uses
     if propagate not in PROPAGATE:
@@ -88,10 +100,11 @@ def sparsify(
     if any(isinstance(module, HoldsMask) for module in model.modules()):
         raise ValueError("model is compressed: decompress(model) it first")
     targets = find_targets(model, include=include, exclude=exclude)
-    check_pattern(targets.found, pattern)
+    if spread is None:
+        check_pattern(targets.found, pattern)
     _check_finite(targets.found)
     batches: list[Batch] = []
-    if reads_inputs or ("G" in metric.uses and gradients is None):
+    if reads_inputs or weighs_inputs or ("G" in metric.uses and gradients is None):
         batches = calibration_batches(
             model,
             data,
@@ -103,20 +116,23 @@ def sparsify(
         )
     if reads_inputs:
         _check_batches(model, targets.found, batches, propagate)
+    if weighs_inputs:
+        _check_batches(model, targets.found, batches, "dense")
+    allocated = None
+    if spread is not None:
+        allocated = allocate(spread, model, targets, pattern, batches, dtype=dtype, progress=progress)
     norms = _gradients(model, targets, batches, gradients, dtype, progress) if "G" in metric.uses else None
-    pruning = Pruning(pattern, metric, seed, norms)
-    steps: Generator[tuple[list[Target], InputStatistics | None]] = (
-        walk(
-            model,
-            targets,
-            batches,
-            propagate=propagate,
-            dtype=dtype,
-            on_use=pruning.select_on_use if propagate == "linear" else None,
-        )
-        if reads_inputs
-        else _blocks(targets)
-    )
+    if allocated is not None:
+        targets = allocated.targets
+    pruning = Pruning(pattern, metric, seed, norms, None if allocated is None else allocated.patterns)
+    steps: Generator[tuple[list[Target], InputStatistics | None]]
+    if not reads_inputs:
+        steps = _blocks(targets)
+    elif propagate == "dense" and allocated is not None and allocated.measured:
+        steps = allocated.steps()
+    else:
+        on_use = pruning.select_on_use if propagate == "linear" else None
+        steps = walk(model, targets, batches, propagate=propagate, dtype=dtype, on_use=on_use)
     label = f"{metric.name} {pattern}"
     with progress_bar(label, len(targets.found), enabled=progress) as advance, closing(steps):
         try:
@@ -138,8 +154,9 @@ def sparsify(
         count = torch.Size(item.shape).numel()
         tied = item.reason.startswith("tied to ")  # counted with the parameter that it shares
         skipped.append(SkippedReport(item.name, item.shape, count, 0 if tied else count / parameters, item.reason))
+    texts = {row.pattern for row in pruning.rows} if isinstance(spread, PerLayer) else {str(pattern)}
     return SparsityReport(
-        pattern=str(pattern),
+        pattern=texts.pop() if len(texts) == 1 else "mixed",
         method=metric.name if METRICS.get(metric.name) == metric else str(metric),
         propagate=propagate if reads_inputs else None,
         seconds=time.perf_counter() - start,
@@ -148,6 +165,8 @@ def sparsify(
         parameters=parameters,
         targets=pruning.rows,
         skipped=skipped,
+        allocation=None if spread is None else str(spread),
+        left_dense=sum(row.parameters for row in skipped if row.reason == DENSE_BY_ALLOCATION),
     )
 
 

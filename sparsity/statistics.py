@@ -45,6 +45,11 @@ class InputStatistics:
         rms = (squares / counts.clamp(min=1)[:, None]).sqrt()
         return torch.where(counts[:, None] > 0, rms, torch.ones_like(rms))
 
+    def reached(self, target: Target) -> Tensor:
+        """Which parts (experts) of ``target`` saw a token, bool [parts]."""
+        counts = self._counts.get(target.name)
+        return torch.zeros(target.parts, dtype=torch.bool) if counts is None else counts > 0
+
     def unreached_parts(self, target: Target) -> int:
         """How many parts (experts) of ``target`` saw no token."""
         return int((self._counts[target.name] == 0).sum()) if target.name in self._counts else target.parts

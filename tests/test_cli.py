@@ -66,6 +66,26 @@ def test_prune_prints_json(dense, tmp_path):
     assert out["out"] == str(tmp_path / "p")
 
 
+def test_prune_takes_an_allocation_with_parameters_and_a_file(dense, text, tmp_path):
+    common = ["prune", dense, "--sparsity", "60%", "--out", tmp_path / "p", "--json"]
+    measured = ["--data", text, "--samples", 4, "--seq-len", 16]
+    out = json.loads(invoke(*common, *measured, "--allocation", "owl:M=3,lambda=0.2"))
+    assert (out["allocation"], out["method"]) == ("owl:M=3,lambda=0.2", "wanda")
+    assert out["total"] - out["kept"] == round(0.6 * out["total"])
+    assert len({row["sparsity"] for row in out["targets"]}) > 1
+    assert json.loads(invoke("inspect", tmp_path / "p", "--json"))["recipe"][0]["allocation"] == "owl:M=3,lambda=0.2"
+    file = tmp_path / "layers.yaml"
+    file.write_text('"*.mlp.*": 2:4\n"*.0.*": dense\n')
+    out = json.loads(invoke(*common, "--allocation", file))
+    assert out["pattern"] == "mixed"
+    assert out["left_dense"] > 0
+    patterns = {name: str(mask.pattern) for name, mask in masks(load(tmp_path / "p")).items()}
+    assert patterns["model.layers.1.mlp.up_proj.weight"] == "2:4"
+    assert patterns["model.layers.1.self_attn.q_proj.weight"] == "60%"
+    assert not any(".0." in name for name in patterns)
+    assert "allocation per-layer:" in invoke("inspect", tmp_path / "p")
+
+
 def test_retrain_presets_and_adapters_that_stay(pruned, text, tmp_path):
     common = ["--steps", "2", "--seq-len", "16", "--json"]
     options = ["--groups", "full", *common]
@@ -163,6 +183,9 @@ def test_bench_tune_measures_shapes_and_models(pruned, tmp_path, monkeypatch):
         (["prune", "DENSE", "--out", "DENSE"], "exists and is not a trisparse checkpoint"),
         (["prune", "DENSE", "--out", "NEW", "--data", "missing.txt"], "no such file"),
         (["prune", "DENSE", "--out", "NEW", "--method", "wanda"], "pass data"),
+        (["prune", "DENSE", "--out", "NEW", "--allocation", "owl"], "weighs the layers' inputs: pass data"),
+        (["prune", "DENSE", "--out", "NEW", "--allocation", "owl:N=5"], "owl has no parameter 'N'"),
+        (["prune", "DENSE", "--out", "NEW", "--allocation", "none.yaml"], "none.yaml"),
         (["prune", "DENSE", "--out", "NEW", "--method", "abs(W"], "expected ')'"),
         (["retrain", "DENSE", "--data", "TEXT", "--out", "NEW"], "not a trisparse checkpoint"),
         (["retrain", "PRUNED", "--data", "TEXT", "--out", "NEW", "--groups", "lora,heads"], "groups must be"),

@@ -15,7 +15,7 @@ def prune(
     model: Model,
     out: Out,
     sparsity: Annotated[
-        str, typer.Option(help="50%, '50% layer', '50% global', '50% rows' or N:M such as 2:4.")
+        str, typer.Option(help="50%, '50% balanced', '50% layer', '50% global', '50% rows' or N:M such as 2:4.")
     ] = "2:4",
     method: Annotated[
         str, typer.Option(help="auto, a metric's name, an expression or a JSON file; see 'trisparse metrics'.")
@@ -26,6 +26,13 @@ def prune(
     include: Annotated[list[str] | None, typer.Option(help="Weights to prune (shell pattern; repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Weights to leave out (shell pattern; repeatable).")] = None,
     propagate: Annotated[str, typer.Option(help="block, dense or linear.")] = "block",
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How the sparsity is spread over the layers: uniform, uniform+, global, erk, lamp, owl or with "
+            "parameters owl:M=5,lambda=0.08, or a YAML/JSON file of name patterns and sparsities."
+        ),
+    ] = None,
     gradients: Annotated[
         Path | None, typer.Option(help="File of gradient norms for a metric that reads G; else measured, then cached.")
     ] = None,
@@ -53,9 +60,11 @@ def prune(
         seed=seed,
         propagate=propagate,  # type: ignore[arg-type]  # checked by sparsify
         gradients=gradients,
+        allocation=allocation,
     )
     content = report.to_dict()
-    step = {k: content[k] for k in ("pattern", "method", "propagate", "samples", "tokens", "sparsity", "seconds")}
+    recorded = ("pattern", "method", "allocation", "propagate", "samples", "tokens", "sparsity", "seconds")
+    step = {k: content[k] for k in recorded}
     save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, {"step": "prune", "data": data, "seed": seed, **step}])
     show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
 
