@@ -18,7 +18,10 @@ from trisparse.sparsity.mask import masks
 
 @dataclass(frozen=True)
 class TargetReport:
-    """One pruned weight; ``seconds`` is the time of scoring and selecting it, ``note`` is empty or a warning."""
+    """One pruned weight; ``seconds`` is the time of scoring and selecting it, ``note`` is empty or a warning.
+
+    ``damping`` is that of an OBS update, as a share of the mean of the Hessian's diagonal; None without an update.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -27,6 +30,7 @@ class TargetReport:
     total: int
     seconds: float = 0.0
     note: str = ""
+    damping: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -51,6 +55,7 @@ class SparsityReport:
 
     Attributes:
         pattern, method, propagate: as they were applied ("auto" resolved).
+        update: how kept weights were updated, "sequential" or "iterative"; None if they were not.
         seconds: wall time of the whole call.
         samples, tokens: calibration sequences and tokens; 0 without data.
         parameters: parameters of the model, tied ones counted once.
@@ -67,6 +72,7 @@ class SparsityReport:
     parameters: int
     targets: list[TargetReport] = field(default_factory=list)
     skipped: list[SkippedReport] = field(default_factory=list)
+    update: str | None = None
 
     @property
     def kept(self) -> int:
@@ -115,6 +121,11 @@ class SparsityReport:
             left_out.add_row(name, "×".join(map(str, rows[0].shape)), reason, f"{sum(r.share for r in rows):.2%}")
         notes = [f"{target.name}: {target.note}" for target in self.targets if target.note]
         data = f", {self.samples} sequences ({self.tokens:,} tokens) of calibration" if self.samples else ""
+        if self.update is not None:
+            least = min((target.damping for target in self.targets if target.damping is not None), default=0.0)
+            notes.append(
+                f"kept weights updated ({self.update} OBS), Hessians damped by {least:g} of their mean diagonal"
+            )
         notes.append(
             f"{self.sparsity:.2%} of {self.total:,} weights pruned, {self.model_sparsity:.2%} of all "
             f"{self.parameters:,} parameters, in {self.seconds:.1f} s{data}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -16,7 +17,8 @@ from trisparse.sparsity.batches import batch_size, calibration_batches, is_padde
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
 from trisparse.sparsity.mask import HoldsMask
-from trisparse.sparsity.metric import METRICS, Method, find_metric
+from trisparse.sparsity.metric import METRICS, SPARSEGPT, Method, Metric, find_metric
+from trisparse.sparsity.obs import UPDATES, Update, check_update
 from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.pruning import Pruning
@@ -44,6 +46,8 @@ def sparsify(
     seed: int = 0,
     propagate: Propagate = "block",
     dtype: torch.dtype | None = None,
+    update: Update | None = None,
+    damping: float = 0.01,
     progress: bool = True,
 ) -> SparsityReport:
     """Prune ``model`` in place and attach its masks.
@@ -55,7 +59,7 @@ def sparsify(
         model: any module with Linear, Conv1d/2d/3d, transformers' Conv1D or fused expert weights.
         sparsity: ``0.5``, ``"50%"``, ``"50% layer"``, ``"2:4"`` or a Pattern.
         method: a name in ``METRICS`` such as ``"wanda"``, an expression such as ``"abs(W) * X"``, a Metric, a
-            JSON file of one, or ``"auto"``: wanda with data, magnitude without.
+            JSON file of one, ``"sparsegpt"``, or ``"auto"``: wanda with data, magnitude without.
         data: calibration data: token tensor [length] or [n, length], string(s), a ``datasets`` dataset, or an
             iterable of batches (dicts of the model's keyword arguments, or tensors for its first argument).
         tokenizer: needed for text.
@@ -68,6 +72,10 @@ def sparsify(
         propagate: how calibration goes on behind a pruned layer: ``"block"``, ``"dense"`` or ``"linear"``
             (see :mod:`trisparse.sparsity.calibration`).
         dtype: compute dtype of calibration; None takes bf16 where the device is fast at it. Statistics are fp32.
+        update: let the kept weights make up for the pruned ones by an OBS update (see :mod:`trisparse.sparsity.obs`):
+            ``"sequential"`` (all of a layer's mask first), ``"iterative"`` (block by block of columns) or None.
+            ``"sparsegpt"`` is always iterative.
+        damping: of the update's Hessians, as a share of the mean of their diagonal; it grows where that is needed.
         progress: show a progress bar with the time left.
 
     Raises:
@@ -77,7 +85,8 @@ def sparsify(
     start = time.perf_counter()
     pattern = parse_pattern(sparsity)
     metric = find_metric(method, has_data=data is not None, has_gradients=gradients is not None)
-    reads_inputs = "X" in metric.uses
+    update = _checked_update(update, damping, metric, has_data=data is not None)
+    reads_inputs = "X" in metric.uses or update is not None
     if propagate not in PROPAGATE:
         raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got {propagate!r}")
     together = isinstance(pattern, Unstructured) and pattern.scope == "global"
@@ -89,6 +98,8 @@ def sparsify(
         raise ValueError("model is compressed: decompress(model) it first")
     targets = find_targets(model, include=include, exclude=exclude)
     check_pattern(targets.found, pattern)
+    if update is not None:
+        check_update(targets.found, pattern)
     _check_finite(targets.found)
     batches: list[Batch] = []
     if reads_inputs or ("G" in metric.uses and gradients is None):
@@ -104,7 +115,7 @@ def sparsify(
     if reads_inputs:
         _check_batches(model, targets.found, batches, propagate)
     norms = _gradients(model, targets, batches, gradients, dtype, progress) if "G" in metric.uses else None
-    pruning = Pruning(pattern, metric, seed, norms)
+    pruning = Pruning(pattern, metric, seed, norms, update, damping)
     steps: Generator[tuple[list[Target], InputStatistics | None]] = (
         walk(
             model,
@@ -112,7 +123,8 @@ def sparsify(
             batches,
             propagate=propagate,
             dtype=dtype,
-            on_use=pruning.select_on_use if propagate == "linear" else None,
+            on_use=pruning.prune_on_use if propagate == "linear" else None,
+            hessians=update is not None,
         )
         if reads_inputs
         else _blocks(targets)
@@ -140,7 +152,7 @@ def sparsify(
         skipped.append(SkippedReport(item.name, item.shape, count, 0 if tied else count / parameters, item.reason))
     return SparsityReport(
         pattern=str(pattern),
-        method=metric.name if METRICS.get(metric.name) == metric else str(metric),
+        method=metric.name if {**METRICS, SPARSEGPT.name: SPARSEGPT}.get(metric.name) == metric else str(metric),
         propagate=propagate if reads_inputs else None,
         seconds=time.perf_counter() - start,
         samples=sum(batch_size(batch) for batch in batches),
@@ -148,7 +160,22 @@ def sparsify(
         parameters=parameters,
         targets=pruning.rows,
         skipped=skipped,
+        update=update,
     )
+
+
+def _checked_update(update: Update | None, damping: float, metric: Metric, *, has_data: bool) -> Update | None:
+    if update is not None and update not in UPDATES:
+        raise ValueError(f"update must be one of {', '.join(UPDATES)} or None, got {update!r}")
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
+        raise ValueError(f"damping must be a finite number above 0, got {damping!r}")
+    if metric is SPARSEGPT:
+        if update == "sequential":
+            raise ValueError("method 'sparsegpt' finds its masks while it updates: update='sequential' takes a metric")
+        return "iterative"
+    if update is not None and not has_data:
+        raise ValueError(f"update={update!r} needs the layers' inputs: pass data (and a tokenizer for text)")
+    return update
 
 
 def _gradients(
