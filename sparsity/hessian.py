@@ -178,7 +178,7 @@ def factorise(upper: Tensor, damping: float) -> Factor:
         if bool(failed):
             continue
         with product_precision("ieee"):
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
         if bool(torch.isfinite(inverse).all()):
             return Factor(inverse, dead, used)
     raise FactorisationError(
