@@ -102,7 +102,7 @@ def prune_and_update(
 
         return _run(weights, factors, choose_nm, m if by_group else MAX_BLOCK // m * m)
     assert isinstance(pattern, Unstructured)
-    return _run(weights, factors, _Budget(pattern, score).choose, MAX_BLOCK)
+    return _run(weights, factors, _Budget(weights, pattern, score).choose, MAX_BLOCK)
 
 
 class _Budget:
@@ -113,25 +113,30 @@ class _Budget:
     perplexity: docs/sparsegpt.md.
     """
 
-    def __init__(self, pattern: Unstructured, score: Callable[[], Sequence[Score]]) -> None:
+    def __init__(self, weights: Sequence[Tensor], pattern: Unstructured, score: Callable[[], Sequence[Score]]) -> None:
         self._pattern = pattern
         self._score = score
-        self._keeps: list[Tensor] = []
+        self._held = [torch.empty_like(weight) for weight in weights]
+        self._keeps = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
+        self._decided = 0
 
     def choose(self, first: int, end: int) -> list[Tensor]:
-        limit = torch.finfo(torch.float32).max
-        scores = []
-        for number, score in enumerate(self._score()):
-            current = score.materialise().clamp(-limit, limit)
-            if first:  # decided columns win or lose against all others, so that they take their part of the budget
-                current[:, :first] = torch.where(self._keeps[number][:, :first], torch.inf, -torch.inf)
-            scores.append(current)
-        if self._pattern.scope == "row":
-            kept = kept_of(scores[0].shape[1], self._pattern.sparsity)
-            self._keeps = [select_rows(current, kept, absolute=False) for current in scores]
+        last = slice(self._decided, first)
+        rest = _columns(self._score(), first, self._held[0].shape[1])
+        for held, score, keep in zip(self._held, rest, self._keeps, strict=True):
+            # Decided columns win or lose against all others, so that they take their part of the budget.
+            held[:, last] = torch.where(keep[:, last], torch.inf, -torch.inf)
+            held[:, first:] = score.materialise()
+            if not score.absolute:
+                held[:, first:].clamp_(min=torch.finfo(torch.float32).min)
+        self._decided = first
+        scope, sparsity = self._pattern.scope, self._pattern.sparsity
+        if scope == "row":
+            kept = kept_of(self._held[0].shape[1], sparsity)
+            self._keeps = [select_rows(held, kept, absolute=False) for held in self._held]
         else:
-            kept = kept_of(sum(current.numel() for current in scores), self._pattern.sparsity)
-            self._keeps = select_global(scores, kept, absolute=False)
+            kept = kept_of(sum(held.numel() for held in self._held), sparsity)
+            self._keeps = select_global(self._held, kept, absolute=False)
         return [keep[:, first:end] for keep in self._keeps]
 
 
