@@ -2,7 +2,8 @@
 
     python -m trisparse.bench.obs_updates [--only METHOD]
 
-prints a table and writes bench/results/obs_updates.json. ``--only`` measures one method's rows anew and keeps the others.
+prints a table and writes bench/results/obs_updates.json after each row. ``--only`` measures the rows of one method anew
+and keeps the others.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ CASES: tuple[tuple[str, Update | None, Propagate], ...] = (
     ("sparsegpt", None, "block"),
     ("sparsegpt", None, "linear"),
     ("sparsegpt", None, "dense"),
-    ("wanda", None, "block"),
     ("wanda", "sequential", "block"),
     ("wanda", "iterative", "block"),
+    ("wanda", None, "block"),
 )
 
 
@@ -37,6 +38,14 @@ def main(arguments: list[str] | None = None) -> None:
     only = parser.parse_args(arguments).only
     smollm2 = PrunedSmolLM2()
     rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {
+        "command": "python -m trisparse.bench.obs_updates",
+        "calibration": f"{FULL.calibration} sequences of {FULL.seq_len} tokens",
+        "test_tokens": smollm2.test_tokens,
+        "dense": smollm2.dense(),
+        "environment": environment(),
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     if only is not None and RESULTS.is_file():
         rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["method"] != only]
     for method, update, propagate in CASES:
@@ -54,16 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
             }
             rows.append(row)
             print(f"{method:10} {report.update!s:10} {propagate:6} {pattern:4} {row['perplexity']:8.3f}", flush=True)
-    results = {
-        "command": "python -m trisparse.bench.obs_updates",
-        "calibration": f"{FULL.calibration} sequences of {FULL.seq_len} tokens",
-        "test_tokens": smollm2.test_tokens,
-        "dense": smollm2.dense(),
-        "rows": rows,
-        "environment": environment(),
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            RESULTS.write_text(json.dumps({**results, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
