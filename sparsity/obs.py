@@ -12,8 +12,8 @@ Source: Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, algorithm 1
 - ``"sequential"``: by the metric, for the whole matrix, before any update (Pruner-Zero's †, Dong et al. 2024,
   https://arxiv.org/abs/2406.02924, section 4.2).
 - ``"iterative"``: by the metric, block by block, from the weights as updated so far (§ there). ``"sparsegpt"`` is
-  iterative with its own metric, |w_ij| / U_jj, the root of what pruning w_ij costs once the columns before j are fixed;
-  for n:m it chooses each group of m columns from the weights as updated up to that group.
+  iterative with its own metric, |w_ij| / U_jj, whose square is twice what pruning w_ij costs once the columns before j
+  are final; for n:m it chooses each group of m columns from the weights as updated up to that group.
 """
 
 from __future__ import annotations

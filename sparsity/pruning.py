@@ -174,8 +174,7 @@ class Pruning:
     ) -> list[Score]:
         """Scores of the parts of ``target``, or of their weights as ``updated`` so far."""
         self._check_inputs(target, x)
-        before = target.matrix().chunk(target.parts)
-        parts = before if updated is None else updated
+        parts = target.matrix().chunk(target.parts) if updated is None else updated
         xs = [None] * target.parts if x is None else list(x)
         gs = self._gradient_parts(target)
         earlier = mask_of(target.module, target.param)
@@ -201,6 +200,7 @@ class Pruning:
             or scores[0].x is not None
             or any(bool(((w == 0) & part).any()) for w, part in zip(parts, kept, strict=True))
         ):
+            before = parts if updated is None else target.matrix().chunk(target.parts)
             least = 0.0 if isinstance(self.pattern, Rows) else -torch.inf  # rows are ranked by a norm
             scores = [
                 Score(score.materialise().masked_fill(~part & (w == 0), least), absolute=False)
