@@ -153,7 +153,7 @@ def test_sparsegpt_chooses_each_group_after_the_update(n, m):
     groups=st.integers(1, 40),
     m=st.integers(2, 9),
     sparsity=st.floats(0, 0.99),
-    kind=st.sampled_from(["row", "layer", "nm", "nm by group"]),
+    kind=st.sampled_from(["row", "balanced", "layer", "nm", "nm by group"]),
     parts=st.integers(1, 2),
     seed=st.integers(0, 99),
     coarse=st.booleans(),
@@ -176,8 +176,12 @@ def test_budgets_are_exact(rows, groups, m, sparsity, kind, parts, seed, coarse)
             assert (keep.sum(1) == kept_of(cols, sparsity)).all()
         if isinstance(pattern, NM):
             assert (keep.view(rows, groups, m).sum(2) == pattern.n).all()
-    if kind == "layer":
+    if kind in ("balanced", "layer"):
         assert sum(int(keep.sum()) for keep in keeps) == kept_of(parts * rows * cols, sparsity)
+    if kind == "balanced":
+        of_rows = torch.cat([keep.sum(1) for keep in keeps])
+        assert (of_rows.diff() <= 0).all()  # the first rows keep one more
+        assert of_rows.max() - of_rows.min() <= 1
 
 
 MODES = [
