@@ -56,23 +56,8 @@ def save(
         raise ValueError("model is compressed, and a checkpoint holds dense weights so far: decompress(model) it first")
     check_masks(model)
     found = masks(model)
-    info = {
-        "version": _FORMAT_VERSION,
-        "trisparse": version("trisparse"),
-        "model_class": type(model).__name__,
-        "masks_sha256": masks_sha256(model),
-        "targets": {
-            name: {
-                "pattern": str(mask.pattern),
-                "shape": list(mask.shape),
-                "cols": mask.cols,
-                "transposed": mask.transposed,
-                "kept": mask.kept,
-            }
-            for name, mask in found.items()
-        },
-        "recipe": [dict(step) for step in recipe],
-    }
+    entries = {name: mask_entry(mask) for name, mask in found.items()}
+    info = checkpoint_info(type(model).__name__, entries, masks_sha256(model), recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     unfinished.chmod(0o755)  # mkdtemp's folders are private
@@ -86,21 +71,51 @@ def save(
                 tokenizer.save_pretrained(unfinished)
         save_file({name: mask.bits for name, mask in found.items()}, unfinished / MASKS_FILE)
         (unfinished / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
-        if path.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-            path.rename(replaced / "old")
-            try:
-                unfinished.rename(path)
-            except BaseException:
-                (replaced / "old").rename(path)
-                raise
-            finally:
-                shutil.rmtree(replaced)
-        else:
-            unfinished.rename(path)
+        put_in_place(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return path
+
+
+def mask_entry(mask: Mask) -> dict[str, Any]:
+    """What ``trisparse.json`` says of a mask."""
+    return {
+        "pattern": str(mask.pattern),
+        "shape": list(mask.shape),
+        "cols": mask.cols,
+        "transposed": mask.transposed,
+        "kept": mask.kept,
+    }
+
+
+def checkpoint_info(
+    model_class: str, entries: Mapping[str, Mapping[str, Any]], sha256: str, recipe: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Content of ``trisparse.json``: ``entries`` are the masks' (:func:`mask_entry`), ``sha256`` is over all of them."""
+    return {
+        "version": _FORMAT_VERSION,
+        "trisparse": version("trisparse"),
+        "model_class": model_class,
+        "masks_sha256": sha256,
+        "targets": dict(entries),
+        "recipe": [dict(step) for step in recipe],
+    }
+
+
+def put_in_place(finished: Path, path: Path) -> None:
+    """Rename the folder ``finished`` to ``path``; what is there already goes once that is done."""
+    if not path.exists():
+        finished.rename(path)
+        return
+    replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    path.rename(replaced / "old")
+    try:
+        finished.rename(path)
+    except BaseException:
+        (replaced / "old").rename(path)
+        raise
+    finally:
+        shutil.rmtree(replaced)
 
 
 def check_output(path: str | Path) -> None:

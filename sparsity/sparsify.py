@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
+from trisparse.sparsity.batches import batch_size, batches_sha256, calibration_batches, is_padded
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
+from trisparse.sparsity.distributed import ALONE, Processes, running_processes
 from trisparse.sparsity.mask import HoldsMask
-from trisparse.sparsity.metric import METRICS, Method, find_metric
+from trisparse.sparsity.metric import METRICS, Method, Metric, find_metric
 from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.pruning import Pruning
-from trisparse.sparsity.report import SkippedReport, SparsityReport
+from trisparse.sparsity.report import SparsityReport, skipped_rows
 from trisparse.sparsity.selection import check_pattern
 from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
 from trisparse.sparsity.targets import Target, Targets, find_targets, is_peft_wrapped
@@ -44,6 +45,7 @@ def sparsify(
     seed: int = 0,
     propagate: Propagate = "block",
     dtype: torch.dtype | None = None,
+    distributed: bool = False,
     progress: bool = True,
 ) -> SparsityReport:
     """Prune ``model`` in place and attach its masks.
@@ -68,6 +70,9 @@ def sparsify(
         propagate: how calibration goes on behind a pruned layer: ``"block"``, ``"dense"`` or ``"linear"``
             (see :mod:`trisparse.sparsity.calibration`).
         dtype: compute dtype of calibration; None takes bf16 where the device is fast at it. Statistics are fp32.
+        distributed: split the micro-batches over the processes of torch.distributed and add up what they measure. Every
+            process must make this same call; all of them end with the masks that one process would give the same
+            micro-batches (see :mod:`trisparse.sparsity.distributed`).
         progress: show a progress bar with the time left.
 
     Raises:
@@ -87,9 +92,11 @@ def sparsify(
         raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
     if any(isinstance(module, HoldsMask) for module in model.modules()):
         raise ValueError("model is compressed: decompress(model) it first")
+    processes = running_processes() if distributed else ALONE
+    check_distributed(processes, metric, propagate, gradients)
     targets = find_targets(model, include=include, exclude=exclude)
     check_pattern(targets.found, pattern)
-    _check_finite(targets.found)
+    check_finite(targets.found)
     batches: list[Batch] = []
     if reads_inputs or ("G" in metric.uses and gradients is None):
         batches = calibration_batches(
@@ -102,17 +109,20 @@ def sparsify(
             in_one=reads_inputs and propagate == "linear",
         )
     if reads_inputs:
-        _check_batches(model, targets.found, batches, propagate)
+        check_batches(model, targets.found, batches, propagate)
+    if processes.count > 1:
+        processes.check_equal("the calibration data", batches_sha256(batches))
     norms = _gradients(model, targets, batches, gradients, dtype, progress) if "G" in metric.uses else None
     pruning = Pruning(pattern, metric, seed, norms)
     steps: Generator[tuple[list[Target], InputStatistics | None]] = (
         walk(
             model,
             targets,
-            batches,
+            processes.share(batches),
             propagate=propagate,
             dtype=dtype,
             on_use=pruning.select_on_use if propagate == "linear" else None,
+            processes=processes,
         )
         if reads_inputs
         else _blocks(targets)
@@ -133,11 +143,6 @@ def sparsify(
             error.add_note(f"sparsify stopped; the model is {done}")
             raise
     parameters = sum(p.numel() for p in model.parameters())
-    skipped = []
-    for item in [*targets.skipped, *pruning.unreached]:
-        count = torch.Size(item.shape).numel()
-        tied = item.reason.startswith("tied to ")  # counted with the parameter that it shares
-        skipped.append(SkippedReport(item.name, item.shape, count, 0 if tied else count / parameters, item.reason))
     return SparsityReport(
         pattern=str(pattern),
         method=metric.name if METRICS.get(metric.name) == metric else str(metric),
@@ -147,8 +152,22 @@ def sparsify(
         tokens=sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch),
         parameters=parameters,
         targets=pruning.rows,
-        skipped=skipped,
+        skipped=skipped_rows([*targets.skipped, *pruning.unreached], parameters),
     )
+
+
+def check_distributed(processes: Processes, metric: Metric, propagate: Propagate, gradients: object) -> None:
+    """Check that the calibration can be split.
+
+    Raises:
+        ValueError: it cannot, and why.
+    """
+    if processes.count == 1:
+        return
+    if "X" in metric.uses and propagate == "linear":
+        raise ValueError("propagate='linear' runs the data as one batch, which processes cannot share: use 'block'")
+    if "G" in metric.uses and gradients is None:
+        raise ValueError("several processes do not measure gradients: measure them once, and pass gradients=FILE")
 
 
 def _gradients(
@@ -183,13 +202,15 @@ def _blocks(targets: Targets) -> Generator[tuple[list[Target], None]]:
         yield group, None
 
 
-def _check_finite(targets: Sequence[Target]) -> None:
+def check_finite(targets: Sequence[Target]) -> None:
+    """Raise a ValueError if a weight is NaN or Inf."""
     broken = [target.name for target in targets if not torch.isfinite(target.weight).all()]
     if broken:
         raise ValueError(f"model has NaN or Inf weights: {', '.join(broken)}")
 
 
-def _check_batches(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], propagate: Propagate) -> None:
+def check_batches(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], propagate: Propagate) -> None:
+    """Raise a ValueError if ``batches`` cannot be measured in this way."""
     fused = next((target.name for target in targets if is_fused_experts(target)), None)
     if propagate == "linear":
         if len(batches) > 1:

@@ -1,7 +1,9 @@
 """Input statistics of targets, collected while a model or a block runs.
 
 X is the root mean square of each input channel over all calibration tokens (Wanda's ‖X_j‖2 up to a constant
-factor per layer), accumulated in fp32 whatever the dtype of the activations.
+factor per layer). Each call is summed in fp32 whatever the dtype of the activations, and calls are added in fp64: fp64
+sums of fp32 numbers are exact as long as the numbers lie within a factor of 2^29 / calls of each other, so the order of
+the calls, and the process that made them, do not show.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from trisparse.sparsity.distributed import Processes
 from trisparse.sparsity.targets import Target
 
 _CHUNK = 256  # rows that are squared at once: the fp32 copy stays in the cache
@@ -42,12 +45,30 @@ class InputStatistics:
         if target.name not in self._squares:
             return None
         squares, counts = self._squares[target.name], self._counts[target.name]
-        rms = (squares / counts.clamp(min=1)[:, None]).sqrt()
+        rms = (squares / counts.clamp(min=1)[:, None]).sqrt().float()
         return torch.where(counts[:, None] > 0, rms, torch.ones_like(rms))
 
     def unreached_parts(self, target: Target) -> int:
         """How many parts (experts) of ``target`` saw no token."""
         return int((self._counts[target.name] == 0).sum()) if target.name in self._counts else target.parts
+
+    def add_up(self, processes: Processes) -> None:
+        """Add what the other processes have seen; all of them must call this, with the same targets."""
+        if processes.count == 1:
+            return
+        rows = []
+        for target in self._targets.values():
+            squares, counts = self._sums(target, target.weight.device)
+            reached = counts.new_tensor([target.name in self._squares])
+            rows.append(torch.cat([squares.flatten(), counts, reached]))
+        if not rows:
+            return
+        everything = torch.cat(rows)
+        processes.add_up(everything)
+        for target, row in zip(self._targets.values(), everything.split([len(row) for row in rows]), strict=True):
+            if row[-1]:
+                self._squares[target.name] = row[: -1 - target.parts].view(target.parts, target.cols)
+                self._counts[target.name] = row[-1 - target.parts : -1]
 
     @contextmanager
     def observing(self, before_use: Callable[[Target], None] | None = None) -> Iterator[None]:
@@ -84,12 +105,18 @@ class InputStatistics:
 
     def _add(self, target: Target, x: Tensor, part: int | None = None) -> None:
         squares, count = self._measure(x, target)
-        if target.name not in self._squares:
-            self._squares[target.name] = torch.zeros(target.parts, target.cols, device=x.device)
-            self._counts[target.name] = torch.zeros(target.parts, device=x.device)
+        self._squares[target.name], self._counts[target.name] = self._sums(target, x.device)
         where = slice(None) if part is None else slice(part, part + 1)
         self._squares[target.name][where] += squares
         self._counts[target.name][where] += count
+
+    def _sums(self, target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Sums of squares [parts, cols] and counts [parts] so far; zeros before the first call."""
+        if target.name in self._squares:
+            return self._squares[target.name], self._counts[target.name]
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
+        squares = torch.zeros(target.parts, target.cols, dtype=dtype, device=device)
+        return squares, squares.new_zeros(target.parts)
 
     def _measure(self, x: Tensor, target: Target) -> tuple[Tensor, int]:
         """Sum of squares of each input (broadcasts to [parts, cols]) and number of tokens."""
