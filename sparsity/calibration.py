@@ -11,9 +11,9 @@ Three ways to propagate (``propagate=``):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ from trisparse.sparsity.targets import Block, Target, Targets
 
 Propagate = Literal["block", "dense", "linear"]
 PROPAGATE: tuple[str, ...] = get_args(Propagate)
+
+class Hidden(Protocol):
+    """Hidden states by micro-batch: a list, or what keeps them elsewhere."""
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+    def __setitem__(self, index: int, value: Tensor, /) -> None: ...
+
 
 Step = tuple[list[Target], InputStatistics]
 
@@ -135,14 +142,14 @@ class BlockRunner:
         block: nn.Module,
         group: Sequence[Target],
         calls: Sequence[BlockCall],
-        hidden: MutableSequence[Tensor],
+        hidden: Hidden,
         valid: Sequence[Tensor | None],
     ) -> InputStatistics:
         """Statistics of the targets ``group`` of ``block``; ``hidden`` then holds what leaves it.
 
         Unless :meth:`runs_again` says that the pruned block is to be run on ``hidden``, which stays for that.
         """
-        leaving = [] if self.runs_again(group) else hidden
+        leaving = None if self.runs_again(group) else hidden
         try:
             statistics = self._measure(block, group, calls, hidden, leaving, valid)
         except _FirstCallFailed as failed:
@@ -161,7 +168,7 @@ class BlockRunner:
         """Whether the next block is fed by this one as it is when ``group`` is pruned."""
         return self.propagate == "block" and bool(group)
 
-    def run(self, block: nn.Module, calls: Sequence[BlockCall], hidden: MutableSequence[Tensor]) -> None:
+    def run(self, block: nn.Module, calls: Sequence[BlockCall], hidden: Hidden) -> None:
         """Replace ``hidden`` by what leaves ``block``."""
         with _computing(block, self.dtype) as (cast, _):
             for index, call in enumerate(calls):
@@ -172,8 +179,8 @@ class BlockRunner:
         block: nn.Module,
         group: Sequence[Target],
         calls: Sequence[BlockCall],
-        hidden: Sequence[Tensor],
-        leaving: MutableSequence[Tensor],
+        hidden: Hidden,
+        leaving: Hidden | None,
         valid: Sequence[Tensor | None],
     ) -> InputStatistics:
         statistics = InputStatistics(group)
@@ -188,7 +195,7 @@ class BlockRunner:
                         if index == 0:  # nothing is lost yet
                             raise _FirstCallFailed(error) from error
                         raise
-                    if leaving is hidden:
+                    if leaving is not None:
                         leaving[index] = output
         return statistics
 

@@ -71,7 +71,18 @@ def save(
                 tokenizer.save_pretrained(unfinished)
         save_file({name: mask.bits for name, mask in found.items()}, unfinished / MASKS_FILE)
         (unfinished / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
-        put_in_place(unfinished, path)
+        if path.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            path.rename(replaced / "old")
+            try:
+                unfinished.rename(path)
+            except BaseException:
+                (replaced / "old").rename(path)
+                raise
+            finally:
+                shutil.rmtree(replaced)
+        else:
+            unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return path
@@ -100,22 +111,6 @@ def checkpoint_info(
         "targets": dict(entries),
         "recipe": [dict(step) for step in recipe],
     }
-
-
-def put_in_place(finished: Path, path: Path) -> None:
-    """Rename the folder ``finished`` to ``path``; what is there already goes once that is done."""
-    if not path.exists():
-        finished.rename(path)
-        return
-    replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    path.rename(replaced / "old")
-    try:
-        finished.rename(path)
-    except BaseException:
-        (replaced / "old").rename(path)
-        raise
-    finally:
-        shutil.rmtree(replaced)
 
 
 def check_output(path: str | Path) -> None:

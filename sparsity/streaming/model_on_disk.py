@@ -125,13 +125,6 @@ class ModelOnDisk:
         state = revert_weight_conversion(self.model, remove_tied_weights_from_state_dict(state, self.model))
         return {name: value.detach().contiguous() for name, value in state.items()}
 
-    def modules(self, index: int) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules of a part."""
-        part = self.parts[index]
-        for name, module in self.model.named_modules():
-            if self._owns(part, f"{name}." if name else name):
-                yield name, module
-
     def _build(self) -> PreTrainedModel:
         try:
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
