@@ -15,6 +15,7 @@ from trisparse.sparsity.batches import accepts
 from trisparse.sparsity.calibration import BlockRunner, stacks_with_targets, valid_tokens
 from trisparse.sparsity.capture import Batch, BlockCall, BlocksNotChainedError, Chain, capture, probe, replaced_forward
 from trisparse.sparsity.distributed import Processes
+from trisparse.sparsity.hardware import return_freed_memory
 from trisparse.sparsity.mask import masks
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import Advance
@@ -96,6 +97,9 @@ class BlockSteps:
         hidden: HiddenStates = InMemory()
         if on_disk:
             hidden = OnDisk(self.output.work / f"hidden-states-{self.processes.rank}", self.source.device)
+        if len(self.done) == len(self.source.parts):
+            return  # a run before this one was cut off at the very end
+        return_freed_memory()  # of tokenizing
         with evaluating(self.source.model), experts_one_by_one(self.source.model), torch.no_grad():
             self._calibrate(batches, runner, hidden)
 
@@ -105,22 +109,21 @@ class BlockSteps:
 
     def _calibrate(self, batches: Sequence[Batch], runner: BlockRunner, hidden: HiddenStates) -> None:
         stacks, _ = stacks_with_targets(self.targets)
-        line = self.done.get(_OUTSIDE)
-        if line is None:
-            with self._on_call(), self.source.loaded(_OUTSIDE):
+        with self._on_call(), self.source.loaded(_OUTSIDE):
+            if _OUTSIDE not in self.done:
                 stack, chain = self._probe(stacks, batches[0])
-                line = {"stack": stack, "chain": [[issubclass(kind, Tensor), len(rest)] for kind, rest in chain.returned]}
-                self._write(_OUTSIDE, **line)
-        stack = line["stack"]
-        chain = Chain([(Tensor if is_tensor else tuple, (None,) * rest) for is_tensor, rest in line["chain"]])
-        blocks = stacks[stack]
-        parts = [1 + index for index, block in enumerate(self.targets.blocks) if block.stack == stack]
-        finished = sum(part in self.done for part in parts)  # the first ones: they are finished in turn
-        if finished < len(parts):
+                returned = [[issubclass(kind, Tensor), len(rest)] for kind, rest in chain.returned]
+                self._write(_OUTSIDE, stack=stack, returned=returned)
+            stack = self.done[_OUTSIDE]["stack"]
+            returned = self.done[_OUTSIDE]["returned"]
+            chain = Chain([(Tensor if is_tensor else tuple, (None,) * rest) for is_tensor, rest in returned])
+            blocks = stacks[stack]
+            parts = [1 + index for index, block in enumerate(self.targets.blocks) if block.stack == stack]
+            finished = sum(part in self.done for part in parts)  # the first ones: they are finished in turn
             there = finished > 0 and hidden.go_on_behind(finished - 1)
-            with self._on_call(), self.source.loaded(_OUTSIDE):
-                enter: Callable[[Tensor], None] = (lambda tensor: None) if there else hidden.append
-                calls, _ = capture(self.source.model, blocks, batches, chain, enter=enter)
+            enter: Callable[[Tensor], None] = (lambda tensor: None) if there else hidden.append
+            calls, _ = capture(self.source.model, blocks, batches, chain, enter=enter)
+        if finished < len(parts):
             if not there:
                 self._run_finished(blocks[:finished], parts, calls, runner, hidden)
             if finished:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
 from trisparse.sparsity.checkpoint import INFO_FILE, MASKS_FILE, CheckpointError, read_info
+from trisparse.sparsity.hardware import return_freed_memory
 from trisparse.sparsity.mask import Mask, attach, check_masks, combined_sha256, detach
 from trisparse.sparsity.pattern import parse_pattern
 from trisparse.sparsity.progress import quiet_transformers
@@ -115,6 +116,7 @@ class ModelOnDisk:
             yield
         finally:
             self._free(part)
+            return_freed_memory()
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """The weights of a loaded part, contiguous, by their names in a checkpoint."""
@@ -203,14 +205,14 @@ class ModelOnDisk:
             device_map={"": self.device},
             weight_mapping=self._conversions,
         )
-        with ExitStack() as stack, quiet_transformers():
-            # Not by mmap, whose pages would count as memory of this process.
-            opened = {
-                file: stack.enter_context(safe_open(file, framework="pt", backend="pread"))
-                for file in set(files.values())
-            }
-            slices = {key: opened[file].get_slice(key) for key, file in files.items()}
-            found, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        weights: dict[str, Tensor] = {}
+        for file in sorted(set(files.values())):
+            # Not by mmap, whose pages would count as memory of this process, and not by the loader's threads, whose
+            # heaps would keep what they free.
+            with safe_open(file, framework="pt", backend="pread") as opened:
+                weights |= {key: opened.get_tensor(key) for key in files if files[key] == file}
+        with quiet_transformers():
+            found, _ = convert_and_load_state_dict_in_model(self.model, weights, config)
         if part.prefix is None:
             self.model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
         lacking = [name for name in found.missing_keys if self._owns(part, name)]
