@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import safe_open, save_file
 from torch import Tensor
 
-from trisparse.sparsity.streaming.journal import sync_folder, write_file
+from trisparse.sparsity.streaming.journal import sync
 
 
 class InMemory(list[Tensor]):
@@ -53,6 +53,9 @@ class OnDisk:
         self._write(self._behind + 1, index, tensor)
 
     def leave(self, block: int) -> None:
+        for file in self._path(block, 0).parent.iterdir():
+            sync(file)
+        sync(self._path(block, 0).parent)
         self._behind = block
 
     def forget_before(self, block: int) -> None:
@@ -68,10 +71,8 @@ class OnDisk:
 
     def _write(self, block: int, index: int, tensor: Tensor) -> None:
         path = self._path(block, index)
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True)
-            sync_folder(self._folder)
-        write_file(path, lambda unfinished: save_file({"hidden": tensor.cpu().contiguous()}, unfinished))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": tensor.cpu().contiguous()}, path)  # nothing reads it until the journal says that it may
 
     def _path(self, block: int, index: int) -> Path:
         return self._folder / f"behind-{block}" / f"{index:06}.safetensors"

@@ -90,15 +90,14 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file, which appears as ``path`` whole or not at all, and stays there when power fails."""
     unfinished = path.with_name(f".{path.name}.unfinished")  # one name: what a killed process left is overwritten
     write(unfinished)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(unfinished)
     os.replace(unfinished, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in ``folder`` are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

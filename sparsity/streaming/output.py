@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from trisparse.sparsity.checkpoint import INFO_FILE, MASKS_FILE, checkpoint_info, mask_entry
 from trisparse.sparsity.mask import Mask, combined_sha256
 from trisparse.sparsity.progress import quiet_transformers
-from trisparse.sparsity.streaming.journal import JOURNAL_FILE, sync_folder, write_file
+from trisparse.sparsity.streaming.journal import JOURNAL_FILE, sync, write_file
 
 
 class Output:
@@ -107,7 +107,7 @@ class Output:
             replaced.rename(self.path)
             raise
         finally:
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
 
     def _masks(self, part: int) -> Path:
         return self.work / f"masks-{part:05}.safetensors"
