@@ -69,9 +69,12 @@ class BlockSteps:
             self._groups.setdefault(_OUTSIDE if target.block is None else target.block + 1, []).append(target)
 
     def close(self) -> None:
-        """Let another process have the journal."""
-        if self._journal is not None:
-            self._journal.close()
+        """Let another process have the journal; it goes if nothing is finished."""
+        if self._journal is None:
+            return
+        if not self.done and self.output.work.is_dir():
+            self.output.clean_up()
+        self._journal.close()
 
     def how_far(self) -> str:
         """A sentence on what is finished."""
@@ -243,6 +246,8 @@ class BlockSteps:
 
     def _open(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         self._journal = Journal(self.output.work, settings)
+        if not self._journal.lines:
+            self.output.clear()
         return self._journal.lines
 
     def _finish(self, tokenizer: Any, recipe: Sequence[Mapping[str, Any]]) -> None:

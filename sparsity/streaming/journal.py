@@ -50,9 +50,11 @@ class Journal:
                 self.lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
             except json.JSONDecodeError as error:
                 raise JournalError(f"{path} is damaged ({error}): remove {folder} to start anew") from error
-            if self.lines:
+            if len(self.lines) > 1:
                 self._check(folder, self.lines.pop(0), settings)
-            else:
+            else:  # new, or nothing was finished that other settings would spoil
+                self.lines.clear()
+                self._file.truncate(0)
                 self._append({"version": _VERSION, "settings": dict(settings)})
         except BaseException:
             self._file.close()

@@ -86,13 +86,17 @@ class Output:
         """Once all parts are written: whether :meth:`finish` has ended, in a run that was cut off right after."""
         return not self._result.exists()
 
-    def clean_up(self) -> None:
-        """Remove the folder of work, its journal last."""
+    def clear(self) -> None:
+        """Remove all work but the journal."""
         for file in self.work.iterdir():
             if file.is_dir():
                 shutil.rmtree(file)
             elif file.name != JOURNAL_FILE:
                 file.unlink()
+
+    def clean_up(self) -> None:
+        """Remove the folder of work, its journal last."""
+        self.clear()
         shutil.rmtree(self.work)
 
     def _put_in_place(self) -> None:
