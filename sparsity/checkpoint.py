@@ -58,23 +58,8 @@ def save(
         raise ValueError("model is compressed, and a checkpoint holds dense weights so far: decompress(model) it first")
     check_masks(model)
     found = masks(model)
-    info = {
-        "version": _FORMAT_VERSION,
-        "trisparse": version("trisparse"),
-        "model_class": type(model).__name__,
-        "masks_sha256": masks_sha256(model),
-        "targets": {
-            name: {
-                "pattern": str(mask.pattern),
-                "shape": list(mask.shape),
-                "cols": mask.cols,
-                "transposed": mask.transposed,
-                "kept": mask.kept,
-            }
-            for name, mask in found.items()
-        },
-        "recipe": [dict(step) for step in recipe],
-    }
+    entries = {name: mask_entry(mask) for name, mask in found.items()}
+    info = checkpoint_info(type(model).__name__, entries, masks_sha256(model), recipe)
     with replaced_folder(path) as unfinished:
         with quiet_transformers():
             if isinstance(model, PreTrainedModel):
@@ -110,6 +95,31 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def mask_entry(mask: Mask) -> dict[str, Any]:
+    """What ``trisparse.json`` says of a mask."""
+    return {
+        "pattern": str(mask.pattern),
+        "shape": list(mask.shape),
+        "cols": mask.cols,
+        "transposed": mask.transposed,
+        "kept": mask.kept,
+    }
+
+
+def checkpoint_info(
+    model_class: str, entries: Mapping[str, Mapping[str, Any]], sha256: str, recipe: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Content of ``trisparse.json``: ``entries`` are the masks' (:func:`mask_entry`), ``sha256`` is over all of them."""
+    return {
+        "version": _FORMAT_VERSION,
+        "trisparse": version("trisparse"),
+        "model_class": model_class,
+        "masks_sha256": sha256,
+        "targets": dict(entries),
+        "recipe": [dict(step) for step in recipe],
+    }
 
 
 def check_output(path: str | Path) -> None:

@@ -7,7 +7,7 @@ and its factorisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from trisparse.sparsity.distributed import Processes
 
 _CHUNK = 512  # tokens that are multiplied at once: their fp32 copy stays in the cache
 _PANEL = 384  # columns of the upper triangle that are summed at once
@@ -112,6 +114,16 @@ class HessianSums:
         for hessian in found[1:]:
             total.merge(hessian)
         return total
+
+    def add_up(self, processes: Processes, cols: Mapping[str, int], device: torch.device) -> None:
+        """Add what the other processes have summed, in fp32; ``cols`` are the widths of the targets by name."""
+        own = [sorted(units) for units in self._sums]
+        for key in sorted({tuple(units) for found in processes.gather(own) for units in found}):
+            units = frozenset(key)
+            if units not in self._sums:  # an expert that another process's tokens were routed to
+                width = cols[key[0][0]]
+                self._sums[units] = Hessian(torch.zeros(width, width, dtype=torch.float32, device=device))
+            processes.add_up(self._sums[units].upper)
 
     def clear(self) -> None:
         """Forget all of them: they are the largest thing that calibration holds."""

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from trisparse.sparsity.mask import masks
+from trisparse.sparsity.targets import Skipped
 
 DENSE_BY_ALLOCATION = "dense by allocation"
 
@@ -149,6 +151,16 @@ class SparsityReport:
             f"{self.parameters:,} parameters, in {self.seconds:.1f} s{data}"
         )
         return as_text(table, left_out, *notes)
+
+
+def skipped_rows(skipped: Sequence[Skipped], parameters: int) -> list[SkippedReport]:
+    """Rows of a report for what is not pruned, in a model of so many ``parameters``."""
+    rows = []
+    for item in skipped:
+        count = torch.Size(item.shape).numel()
+        tied = item.reason.startswith("tied to ")  # counted with the parameter that it shares
+        rows.append(SkippedReport(item.name, item.shape, count, 0 if tied else count / parameters, item.reason))
+    return rows
 
 
 def describe_masks(model: nn.Module) -> str:

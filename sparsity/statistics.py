@@ -1,7 +1,9 @@
 """Input statistics of targets, collected while a model or a block runs.
 
 X is the root mean square of each input channel over all calibration tokens (Wanda's ‖X_j‖2 up to a constant
-factor per layer), accumulated in fp32 whatever the dtype of the activations.
+factor per layer). Each call is summed in fp32 whatever the dtype of the activations, and calls are added in fp64: fp64
+sums of fp32 numbers are exact as long as the numbers lie within a factor of 2^29 / calls of each other, so the order of
+the calls, and the process that made them, do not show.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from trisparse.sparsity.distributed import Processes
 from trisparse.sparsity.hessian import Factor, FactorisationError, HessianSums, identity_factor, unfolded
 from trisparse.sparsity.targets import Target
 
@@ -45,7 +48,7 @@ class InputStatistics:
         if target.name not in self._squares:
             return None
         squares, counts = self._squares[target.name], self._counts[target.name]
-        rms = (squares / counts.clamp(min=1)[:, None]).sqrt()
+        rms = (squares / counts.clamp(min=1)[:, None]).sqrt().float()
         return torch.where(counts[:, None] > 0, rms, torch.ones_like(rms))
 
     def reached(self, target: Target) -> Tensor:
@@ -85,6 +88,28 @@ class InputStatistics:
         if self._hessians is not None:
             self._hessians.clear()
 
+    def add_up(self, processes: Processes) -> None:
+        """Add what the other processes have seen; all of them must call this, with the same targets."""
+        if processes.count == 1:
+            return
+        rows = []
+        for target in self._targets.values():
+            squares, counts = self._sums(target, target.weight.device)
+            reached = counts.new_tensor([target.name in self._squares])
+            rows.append(torch.cat([squares.flatten(), counts, reached]))
+        if not rows:
+            return
+        everything = torch.cat(rows)
+        processes.add_up(everything)
+        for target, row in zip(self._targets.values(), everything.split([len(row) for row in rows]), strict=True):
+            if row[-1]:
+                self._squares[target.name] = row[: -1 - target.parts].view(target.parts, target.cols)
+                self._counts[target.name] = row[-1 - target.parts : -1]
+        if self._hessians is not None:
+            self._hessians.add_up(
+                processes, {target.name: target.cols for target in self._targets.values()}, everything.device
+            )
+
     @contextmanager
     def observing(self, before_use: Callable[[Target], None] | None = None) -> Iterator[None]:
         """Collect from every call of a target's module; ``before_use`` runs after its input was measured."""
@@ -122,9 +147,7 @@ class InputStatistics:
 
     def _add(self, target: Target, x: Tensor, part: int | None = None) -> None:
         squares, count = self._measure(x, target)
-        if target.name not in self._squares:
-            self._squares[target.name] = torch.zeros(target.parts, target.cols, device=x.device)
-            self._counts[target.name] = torch.zeros(target.parts, device=x.device)
+        self._squares[target.name], self._counts[target.name] = self._sums(target, x.device)
         where = slice(None) if part is None else slice(part, part + 1)
         self._squares[target.name][where] += squares
         self._counts[target.name][where] += count
@@ -137,6 +160,14 @@ class InputStatistics:
                 hessians.add((target.name, group), rows)
         elif not hessians.share((target.name, part or 0), x):
             hessians.add((target.name, part or 0), self._rows(x), x)
+
+    def _sums(self, target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Sums of squares [parts, cols] and counts [parts] so far; zeros before the first call."""
+        if target.name in self._squares:
+            return self._squares[target.name], self._counts[target.name]
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
+        squares = torch.zeros(target.parts, target.cols, dtype=dtype, device=device)
+        return squares, squares.new_zeros(target.parts)
 
     def _measure(self, x: Tensor, target: Target) -> tuple[Tensor, int]:
         """Sum of squares of each input (broadcasts to [parts, cols]) and number of tokens."""

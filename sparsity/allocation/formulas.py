@@ -103,6 +103,7 @@ class LAMP(BudgetAllocation):
     """
 
     name: ClassVar[str] = "lamp"
+    reads_weights: ClassVar[bool] = True
 
     def shares(self, budget: Budget) -> Shares:
         """See :meth:`BudgetAllocation.shares`."""
@@ -146,6 +147,7 @@ class Global(Allocation):
     """One ranking of the scores of all layers: scope ``"global"`` of an unstructured pattern."""
 
     name: ClassVar[str] = "global"
+    reads_weights: ClassVar[bool] = True
 
     def check(self, pattern: Pattern) -> Pattern:
         """See :meth:`Allocation.check`."""

@@ -60,5 +60,31 @@ def load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval(), tokenizer, []
 
 
+def locate_model(model: str) -> tuple[Path, Any]:
+    """The folder of a model, downloaded first if it is a model id, and its tokenizer.
+
+    Raises:
+        OSError: there is no such folder and no such model id.
+    """
+    from transformers import AutoTokenizer
+
+    from trisparse.sparsity.progress import quiet_transformers
+
+    if model == "smollm2":
+        from trisparse.bench.smollm2 import smollm2_path
+
+        folder = smollm2_path()
+    elif Path(model).is_dir():
+        folder = Path(model)
+    else:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+    with quiet_transformers():
+        return folder, AutoTokenizer.from_pretrained(folder)
+
+
 def show(content: dict[str, Any], text: str, as_json: bool) -> None:
     print(json.dumps(content, indent=2, default=str) if as_json else text)
