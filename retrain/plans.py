@@ -54,8 +54,12 @@ class CyclesPlan:
         return f"{len(self.patterns)} cycles: {' -> '.join(self.patterns)}; each of them\n{self.retraining}"
 
 
-def cycles_plan(model: Any, target: float | str | Pattern, config: CyclesConfig) -> CyclesPlan:
+def cycles_plan(
+    model: Any, target: float | str | Pattern, config: CyclesConfig, *, validation: Any = None
+) -> CyclesPlan:
     """What ``prune_cycles(model, target, ...)`` would do and take; the model is left as it was.
+
+    ``validation`` is not read, but a grid of learning rates needs one.
 
     Raises:
         ValueError: the model or ``target`` does not fit ``config``.
@@ -77,7 +81,7 @@ def cycles_plan(model: Any, target: float | str | Pattern, config: CyclesConfig)
             mask = mask_of(one.module, one.param)
             kept, total = kept + (mask.kept if mask else 0), total + one.weight.numel()
         patterns = pattern_schedule(config.schedule, 1 - kept / total, pattern, config.cycles)
-        plan = retraining_plan(model, config.retraining)
+        plan = retraining_plan(model, config.retraining, validation=validation)
     finally:
         for one in bare:
             detach(one.module)

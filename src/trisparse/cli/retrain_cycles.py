@@ -49,7 +49,7 @@ def run(job: Job) -> None:
     model, tokenizer, recipe = load_model(job.model)
     model.to(job.where())
     if job.dry_run:
-        plan = cycles_plan(model, pattern, options)
+        plan = cycles_plan(model, pattern, options, validation=job.validation)
         show(plan.to_dict(), str(plan), job.as_json)
         return
     if calibrated is not None:
