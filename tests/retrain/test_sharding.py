@@ -111,7 +111,8 @@ def test_the_losses_are_those_of_one_process_with_the_same_global_batch(folder, 
     assert first.keys() == model.state_dict().keys()
     for key, tensor in model.state_dict().items():
         assert torch.equal(first[key], second[key]), key
-        torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+        # a twentieth of a step of AdamW, which divides gradients that are all rounding by their own size
+        torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=5e-4, msg=key)
 
 
 @pytest.mark.parametrize("name", RUNS)
