@@ -164,13 +164,14 @@ def prune_cycles(
     calibration = windows if calibration is None else calibration
     cycles = _Cycles(model, targets, windows, held_out, calibration, tokenizer, teacher, config)
     rows: list[CycleReport] = []
-    if journal is not None and own.resume:
+    goes_on = journal is not None and (own.resume is True or (own.resume == "auto" and journal.exists()))
+    if journal is not None and goes_on:
         before, rows = journal.resume(model)
     else:
         before = None if held_out is None else perplexity(model, held_out, seq_len=own.seq_len)
         if journal is not None:
             journal.start(before)
-    resumed = len(rows) + 1 if own.resume else None
+    resumed = len(rows) + 1 if goes_on else None
     for number, step in list(enumerate(patterns, start=1))[len(rows) :]:
         try:
             rows.append(cycles.run(number, step, resume=number == resumed, progress=progress))

@@ -48,6 +48,10 @@ class CyclesJournal:
         """The folder of one cycle."""
         return self.folder / f"cycle-{number}"
 
+    def exists(self) -> bool:
+        """Whether a run has begun in the folder."""
+        return (self.folder / JOURNAL).is_file()
+
     def start(self, perplexity_before: float | None) -> None:
         """Begin anew: what an earlier run left in the folder counts no longer."""
         if not is_main_process():
@@ -83,7 +87,7 @@ class CyclesJournal:
             ValueError: there is no journal, or it is of another run (names what differs); nothing was changed.
         """
         path = self.folder / JOURNAL
-        if not path.is_file():
+        if not self.exists():
             raise ValueError(f"resume=True, and {self.folder} holds no {JOURNAL}: leave resume out to start anew")
         theirs, mine = json.loads(path.read_text()), self._content["identity"]
         found = theirs["identity"]

@@ -207,7 +207,7 @@ def _memory(
             activations=round(activations),
         )
     return MemoryEstimate(
-        weights=sum(map(_stored_bytes, models)),
+        weights=sum(map(stored_bytes, models)),
         gradients=trained * (1 if process_count() == 1 else 2),
         optimizer=2 * trained,
         activations=round(activations),
@@ -225,7 +225,7 @@ def _sharded_bytes(model: nn.Module, *, trained: bool = False) -> int:
     return -(-everything // process_count()) + everything - sum(blocks) + sum(blocks[-2:])
 
 
-def _stored_bytes(model: nn.Module) -> int:
+def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, a shared storage once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     return sum(storage.nbytes() for storage in storages.values())
@@ -241,7 +241,7 @@ def _kept_bytes(model: Any, rows: int, seq_len: int, dtype: torch.dtype | None) 
     with training(model):
         for length in probes:
             ids = (torch.arange(length, device=device) % model.get_input_embeddings().weight.shape[0])[None]
-            with _counting(own) as kept, autocast(device, dtype), lean_loss(model):
+            with counting_saved(own) as kept, autocast(device, dtype), lean_loss(model):
                 loss = model(**with_labels(ids)).loss
             del loss
             measured.append(sum(kept.values()))
@@ -255,7 +255,7 @@ def _kept_bytes(model: Any, rows: int, seq_len: int, dtype: torch.dtype | None) 
 
 
 @contextmanager
-def _counting(own: set[int]) -> Iterator[dict[int, int]]:
+def counting_saved(own: set[int]) -> Iterator[dict[int, int]]:
     """Sizes of the storages that autograd saves inside, but for those in ``own``; each once."""
     kept: dict[int, int] = {}
 

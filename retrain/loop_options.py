@@ -46,13 +46,14 @@ def check_loop_options(config: PERPConfig) -> None:
         raise ValueError(f"warmup_ratio must be a number in [0, 1), got {config.warmup_ratio!r}")
     if config.sharding not in SHARDINGS:
         raise ValueError(f"sharding must be one of {', '.join(SHARDINGS)}, got {config.sharding!r}")
-    for name in ("gradient_checkpointing", "resume"):
-        if not isinstance(value := getattr(config, name), bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
+    if not isinstance(config.gradient_checkpointing, bool):
+        raise ValueError(f"gradient_checkpointing must be True or False, got {config.gradient_checkpointing!r}")
+    if not isinstance(config.resume, bool) and config.resume != "auto":
+        raise ValueError(f"resume must be True, False or 'auto', got {config.resume!r}")
     if config.output_dir is None and config.save_steps is not None:
         raise ValueError(f"save_steps={config.save_steps} needs output_dir: where do the checkpoints go?")
     if config.output_dir is None and config.resume:
-        raise ValueError("resume=True needs output_dir: where are the checkpoints?")
+        raise ValueError(f"resume={config.resume!r} needs output_dir: where are the checkpoints?")
     if isinstance(config.report_to, str):
         raise ValueError(f"report_to must be a sequence of names such as ('wandb',), got {config.report_to!r}")
     if config.output_dir is None and (writers := [name for name in config.report_to if name in _IN_OUTPUT_DIR]):

@@ -73,7 +73,8 @@ class PERPConfig:
         output_dir: folder for the Trainer's checkpoints; none are written without it.
         save_steps: steps from one checkpoint to the next; None is a tenth of the steps. The last step has one too.
         save_total_limit: checkpoints of the run that stay, the last ones; None is all.
-        resume: go on from the last complete checkpoint of the same run in ``output_dir``.
+        resume: go on from the last complete checkpoint of the same run in ``output_dir``; where there is none yet, True
+            raises and "auto" starts anew.
         guard_every: check after every so many steps that each pruned weight is zero; None only at the end.
         distillation_weight: α of the teacher's part of the loss, if there is a teacher; see
             :mod:`trisparse.retrain.distillation`.
@@ -109,7 +110,7 @@ class PERPConfig:
     output_dir: str | Path | None = None
     save_steps: int | None = None
     save_total_limit: int | None = 2
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     guard_every: int | None = None
     distillation_weight: float = 0.5
     temperature: float = 2.0
@@ -197,7 +198,11 @@ def retrain(
     if sharded:
         join(training_device(model))
         check_same_run(identity)
-    resume_from, chosen = last_checkpoint(Path(str(config.output_dir)), identity) if config.resume else (None, {})
+    resume_from: Path | None = None
+    chosen: dict[str, Any] = {}
+    if config.resume:
+        folder = Path(str(config.output_dir))
+        resume_from, chosen = last_checkpoint(folder, identity, required=config.resume is True)
     run = Run(model, groups, windows, held_out, config, batch, dtype, teacher, progress)
 
     with random_state_kept(), nullcontext() if teacher is None else evaluating(teacher):

@@ -4,10 +4,11 @@
 
 x_i is what the reconstructed blocks before it give. ``targets`` says what t_i is:
 
-- ``"dense"``: the dense model's own hidden states behind block i, so that a block also makes up for what the ones
-  before it left over;
 - ``"sparse"``: the dense block's output for x_i, the objective of SparseGPT (Frantar & Alistarh 2023, section 3.1) and
-  of PERP's layer-wise reconstruction (Zimmer et al. 2023, https://arxiv.org/abs/2312.15230v3).
+  of PERP's layer-wise reconstruction (Zimmer et al. 2023, https://arxiv.org/abs/2312.15230v3, and its published code,
+  ``prune_methods.py``, which takes the plain mean of the squares instead of the error relative to each token);
+- ``"dense"``: the dense model's own hidden states behind block i, so that a block also makes up for what the ones
+  before it left over.
 
 Only one block has gradients and optimizer state at a time. In memory are the model, one dense block, three sets of
 hidden states of the calibration data (fp32), and the activations of one block for one batch.
@@ -46,7 +47,7 @@ from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.targets import Block, find_blocks, is_peft_wrapped
 
-BlockTargets = Literal["dense", "sparse"]
+BlockTargets = Literal["sparse", "dense"]
 _TARGETS: tuple[str, ...] = get_args(BlockTargets)
 OnStep = Callable[[], None]
 _GROUPS = ("biases", "norms", "lora", "full")
@@ -60,7 +61,7 @@ class ReconstructConfig:
     Attributes:
         groups: which of "biases", "norms" and "lora" (W + M ⊙ s·BA on every pruned linear of the block) train, or
             "full" alone: every parameter of the block, the pruned ones under their masks.
-        targets: "dense" or "sparse", see the module.
+        targets: "sparse" (the paper's) or "dense", see the module.
         rank: rank of every LoRA.
         alpha: the LoRAs' scaling is s = alpha / rank.
         learning_rate: AdamW's peak, after a tenth of the steps; it falls linearly to 0. "full" wants about a tenth of
@@ -78,7 +79,7 @@ class ReconstructConfig:
     """
 
     groups: Sequence[str] = ("biases", "norms", "lora")
-    targets: BlockTargets = "dense"
+    targets: BlockTargets = "sparse"
     rank: int = 16
     alpha: float = 32
     learning_rate: float = 5e-3

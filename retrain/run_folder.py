@@ -89,13 +89,17 @@ def unmark(folder: Path, step: int) -> None:
     (folder / f"checkpoint-{step}" / RUN_FILE).unlink(missing_ok=True)
 
 
-def last_checkpoint(folder: Path, identity: Any) -> tuple[Path, dict[str, Any]]:
+def last_checkpoint(folder: Path, identity: Any, *, required: bool = True) -> tuple[Path | None, dict[str, Any]]:
     """The last complete checkpoint of the run ``identity``, and what that run had chosen.
+
+    None where there is no complete one at all and ``required`` is False.
 
     Raises:
         ValueError: there is none; names what differs in the last one of another run.
     """
     complete = checkpoints(folder)
+    if not complete and not required:
+        return None, {}
     if not complete:
         raise ValueError(f"resume=True, and {folder} holds no complete checkpoint: leave resume out to start anew")
     for path in reversed(complete):

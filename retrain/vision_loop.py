@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from trisparse.retrain.held_masks import held_masks
 from trisparse.retrain.images import LabelledBatches
 from trisparse.retrain.loop import Watch, autocast
+from trisparse.retrain.processes import launcher_alone
 from trisparse.retrain.schedule import lr_lambda
 from trisparse.retrain.vision_groups import logits_of
 
@@ -67,7 +68,8 @@ def train(
         weight_decay=config.weight_decay,
     )
     device = next(model.parameters()).device
-    with tempfile.TemporaryDirectory(prefix="trisparse-") as folder, held_masks(model, trained.values()):
+    temporary = tempfile.TemporaryDirectory(prefix="trisparse-")
+    with launcher_alone(), temporary as folder, held_masks(model, trained.values()):
         args = TrainingArguments(
             output_dir=folder,
             max_steps=steps,

@@ -28,6 +28,7 @@ Propagate = Literal["block", "dense", "linear"]
 PROPAGATE: tuple[str, ...] = get_args(Propagate)
 
 Step = tuple[list[Target], InputStatistics]
+OnUse = Callable[[Target, InputStatistics], Tensor]
 
 
 def walk(
@@ -37,7 +38,8 @@ def walk(
     *,
     propagate: Propagate = "block",
     dtype: torch.dtype | None = None,
-    on_use: Callable[[Target, Tensor], Tensor] | None = None,
+    on_use: OnUse | None = None,
+    hessians: bool = False,
 ) -> Generator[Step]:
     """Yield the targets of each block with their statistics, in calling order; prune them before going on.
 
@@ -51,13 +53,14 @@ def walk(
         propagate: see the module's docstring.
         dtype: compute dtype; None takes bf16 where the device is fast at it, for blocks that are all fp32 and run
             in it.
-        on_use: for ``"linear"``: (target, X [parts, cols]) -> bool mask of the parameter to run on with.
+        on_use: for ``"linear"``: (target, statistics so far) -> the pruned parameter, to run on with.
+        hessians: also sum the Hessians of the targets' inputs, 4 cols² bytes for each input of a block.
 
     Raises:
         BlocksNotChainedError: the model does something between its blocks; ``propagate="dense"`` works.
     """
     with evaluating(model), experts_one_by_one(model):
-        yield from _walk(model, targets, batches, propagate, dtype, on_use)
+        yield from _walk(model, targets, batches, propagate, dtype, on_use, hessians)
 
 
 @torch.no_grad()  # as a decorator, it is off while the caller has its turn
@@ -67,7 +70,8 @@ def _walk(
     batches: Sequence[Batch],
     propagate: Propagate,
     dtype: torch.dtype | None,
-    on_use: Callable[[Target, Tensor], Tensor] | None,
+    on_use: OnUse | None,
+    hessians: bool,
 ) -> Generator[Step]:
     automatic = dtype is None
     if automatic and bf16_is_fast(next(model.parameters()).device):
@@ -83,7 +87,7 @@ def _walk(
         for chain in chains.values():
             chain.check()
     if outside := [target for target in targets.found if target.block is None]:
-        yield outside, _measure_whole_model(model, outside, batches)
+        yield outside, _measure_whole_model(model, outside, batches, hessians)
     for stack in stacks.keys() - chains.keys():
         unreached = [target for block in stacks[stack] for target in inside[id(block)]]
         yield unreached, InputStatistics(unreached)
@@ -91,19 +95,19 @@ def _walk(
         blocks = stacks[stack]
         if chain.broken_at:
             together = [target for block in blocks for target in inside[id(block)]]
-            yield together, _measure_whole_model(model, together, batches)
+            yield together, _measure_whole_model(model, together, batches, hessians)
             continue
         calls, hidden = capture(model, blocks, batches, chain)
         valid = [_valid_tokens(batch) for batch in batches]
         for block, block_calls in zip(blocks, calls, strict=True):
             group = inside[id(block)]
             try:
-                statistics, leaving = _measure(block.module, group, block_calls, hidden, valid, dtype, on_use)
+                statistics, leaving = _measure(block.module, group, block_calls, hidden, valid, dtype, on_use, hessians)
             except RuntimeError:
                 if not automatic or dtype is None:
                     raise
                 dtype = None  # the block's own code mixes dtypes: it runs in its own from here on
-                statistics, leaving = _measure(block.module, group, block_calls, hidden, valid, dtype, on_use)
+                statistics, leaving = _measure(block.module, group, block_calls, hidden, valid, dtype, on_use, hessians)
             if group:
                 yield group, statistics
             if propagate == "block" and group and block is not blocks[-1]:
@@ -120,10 +124,11 @@ def _measure(
     hidden: Sequence[Tensor],
     valid: Sequence[Tensor | None],
     dtype: torch.dtype | None,
-    on_use: Callable[[Target, Tensor], Tensor] | None,
+    on_use: OnUse | None,
+    hessians: bool,
 ) -> tuple[InputStatistics, list[Tensor]]:
     """Run one block on all micro-batches: statistics of its targets, and the hidden states that leave it."""
-    statistics = InputStatistics(group)
+    statistics = InputStatistics(group, hessians=hessians)
     leaving = []
     with _computing(block, dtype, copy=on_use is not None) as (cast, originals):
         before_use = _prune_on_use(statistics, on_use, originals) if on_use is not None else None
@@ -138,28 +143,27 @@ def _cast_call(call: BlockCall, cast: Callable[[Any], Any]) -> BlockCall:
     return BlockCall(cast(call.args), cast(call.kwargs), call.slot)
 
 
-def _prune_on_use(
-    statistics: InputStatistics, on_use: Callable[[Target, Tensor], Tensor], originals: dict[int, Tensor]
-) -> Callable[[Target], None]:
+def _prune_on_use(statistics: InputStatistics, on_use: OnUse, originals: dict[int, Tensor]) -> Callable[[Target], None]:
     done: set[str] = set()
 
     def before_use(target: Target) -> None:
-        x = statistics.rms(target)
-        if x is not None and target.name not in done:
+        if statistics.rms(target) is not None and target.name not in done:
             done.add(target.name)
             weight = target.weight
             copy, weight.data = weight.data, originals[id(weight)]  # rank the weights, not their bf16 copies
             try:
-                keep = on_use(target, x)
+                pruned = on_use(target, statistics)
             finally:
                 weight.data = copy
-            copy.masked_fill_(~keep, 0)
+            copy.copy_(pruned)
 
     return before_use
 
 
-def _measure_whole_model(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> InputStatistics:
-    statistics = InputStatistics(targets)
+def _measure_whole_model(
+    model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], hessians: bool
+) -> InputStatistics:
+    statistics = InputStatistics(targets, hessians=hessians)
     with statistics.observing():
         for batch in batches:
             with statistics.call(_valid_tokens(batch)):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Scope = Literal["row", "layer", "global"]
+Scope = Literal["row", "balanced", "layer", "global"]
+SCOPES: tuple[str, ...] = get_args(Scope)
 
 
 def _check_sparsity(sparsity: float) -> None:
@@ -17,6 +18,12 @@ def _check_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}")
     if not 0 <= sparsity < 1:  # also false for NaN
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
+
+
+def _percent(sparsity: float) -> str:
+    """Six digits, and all of them where six would say 100%."""
+    text = f"{sparsity * 100:.6g}"
+    return f"{text if float(text) < 100 else sparsity * 100}%"
 
 
 def kept_of(count: int, sparsity: float) -> int:
@@ -28,9 +35,10 @@ def kept_of(count: int, sparsity: float) -> int:
 class Unstructured:
     """Single weights anywhere, ``sparsity`` in [0, 1) of them pruned.
 
-    ``scope`` is the set that weights compete in: ``"row"`` (each output by itself; Wanda, section 3),
-    ``"layer"`` (each matrix; PERP's magnitude pruning of language models) or ``"global"`` (all matrices
-    together; PERP, section 2.3, vision).
+    ``scope`` is the set that weights compete in: ``"row"`` (each output by itself, all with the same number;
+    Wanda, section 3), ``"balanced"`` (each output by itself, and the number is that of the matrix: where its rows
+    cannot share it evenly, the first ones keep one more), ``"layer"`` (each matrix; PERP's magnitude pruning of
+    language models) or ``"global"`` (all matrices together; PERP, section 2.3, vision).
 
     Raises:
         ValueError: ``sparsity`` outside [0, 1) or an unknown ``scope``.
@@ -41,12 +49,19 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
-        if self.scope not in ("row", "layer", "global"):
-            raise ValueError(f"scope must be 'row', 'layer' or 'global', got {self.scope!r}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be 'row', 'balanced', 'layer' or 'global', got {self.scope!r}")
 
     def __str__(self) -> str:
-        text = f"{self.sparsity * 100:.6g}%"
+        text = _percent(self.sparsity)
         return text if self.scope == "row" else f"{text} {self.scope}"
+
+
+def kept_per_row(pattern: Unstructured, rows: int, cols: int) -> tuple[int, int]:
+    """(k, more) for scope ``"row"`` or ``"balanced"``: each of ``rows`` keeps k, the first ``more`` of them k + 1."""
+    if pattern.scope == "row":
+        return kept_of(cols, pattern.sparsity), 0
+    return divmod(kept_of(rows * cols, pattern.sparsity), rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +109,19 @@ class Rows:
         _check_sparsity(self.sparsity)
 
     def __str__(self) -> str:
-        return f"{self.sparsity * 100:.6g}% rows"
+        return f"{_percent(self.sparsity)} rows"
 
 
 Pattern = Unstructured | NM | Rows
 
-_PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*%(?:\s+(row|layer|global|rows))?")
+_PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*%(?:\s+(row|balanced|layer|global|rows))?")
 _N_OF_M = re.compile(r"(\d+)\s*:\s*(\d+)")
 
 
 def parse_pattern(sparsity: float | str | Pattern) -> Pattern:
     """Turn ``0.5``, ``"50%"``, ``"50% layer"``, ``"50% rows"``, ``"2:4"`` or a pattern into a pattern.
 
-    ``str()`` of every pattern reads back as the same pattern.
+    ``str()`` of every pattern reads back as the same pattern, to six digits of its sparsity.
 
     Raises:
         ValueError: anything else, or a value that the pattern refuses.
@@ -126,8 +141,8 @@ def parse_pattern(sparsity: float | str | Pattern) -> Pattern:
             return Unstructured(float(text))
         except ValueError:
             raise ValueError(
-                f"sparsity {sparsity!r} is not understood; use a number in [0, 1), '50%', '50% layer', "
-                "'50% global', '50% rows', '2:4' or a Pattern"
+                f"sparsity {sparsity!r} is not understood; use a number in [0, 1), '50%', '50% balanced', "
+                "'50% layer', '50% global', '50% rows', '2:4' or a Pattern"
             ) from None
     _check_sparsity(sparsity)
     return Unstructured(float(sparsity))

@@ -15,10 +15,15 @@ from torch import nn
 
 from trisparse.sparsity.mask import masks
 
+DENSE_BY_ALLOCATION = "dense by allocation"
+
 
 @dataclass(frozen=True)
 class TargetReport:
-    """One pruned weight; ``seconds`` is the time of scoring and selecting it, ``note`` is empty or a warning."""
+    """One pruned weight; ``seconds`` is the time of scoring and selecting it, ``note`` is empty or a warning.
+
+    ``damping`` is that of an OBS update, as a share of the mean of the Hessian's diagonal; None without an update.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -27,6 +32,7 @@ class TargetReport:
     total: int
     seconds: float = 0.0
     note: str = ""
+    damping: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -50,12 +56,16 @@ class SparsityReport:
     """Result of ``sparsify``.
 
     Attributes:
-        pattern, method, propagate: as they were applied ("auto" resolved).
+        pattern, method, propagate: as they were applied ("auto" resolved); "mixed" where layers got different ones
+            one by one.
+        update: how kept weights were updated, "sequential" or "iterative"; None if they were not.
         seconds: wall time of the whole call.
         samples, tokens: calibration sequences and tokens; 0 without data.
         parameters: parameters of the model, tied ones counted once.
         targets: every pruned weight.
         skipped: every other parameter; biases and norms are one row.
+        allocation: how the sparsity was spread over the layers, or None.
+        left_dense: weights of layers that the allocation leaves dense; they are part of its budget.
     """
 
     pattern: str
@@ -67,6 +77,9 @@ class SparsityReport:
     parameters: int
     targets: list[TargetReport] = field(default_factory=list)
     skipped: list[SkippedReport] = field(default_factory=list)
+    allocation: str | None = None
+    left_dense: int = 0
+    update: str | None = None
 
     @property
     def kept(self) -> int:
@@ -84,6 +97,11 @@ class SparsityReport:
         return 1 - self.kept / self.total
 
     @property
+    def allocated_sparsity(self) -> float:
+        """Pruned share of the targets and of the layers that the allocation leaves dense: what a budget is of."""
+        return (self.total - self.kept) / (self.total + self.left_dense)
+
+    @property
     def model_sparsity(self) -> float:
         """Pruned share of all parameters of the model."""
         return (self.total - self.kept) / self.parameters
@@ -93,8 +111,8 @@ class SparsityReport:
         content = asdict(self)
         for row, target in zip(content["targets"], self.targets, strict=True):
             row["sparsity"] = target.sparsity
-        totals = {name: getattr(self, name) for name in ("kept", "total", "sparsity", "model_sparsity")}
-        return {**content, **totals}
+        totals = ("kept", "total", "sparsity", "allocated_sparsity", "model_sparsity")
+        return {**content, **{name: getattr(self, name) for name in totals}}
 
     def to_json(self) -> str:
         """:meth:`to_dict` as JSON."""
@@ -102,7 +120,8 @@ class SparsityReport:
 
     def __str__(self) -> str:
         """Tables in which parameters with the same role in different blocks share a row."""
-        table = _target_table(f"{self.method} {self.pattern}", self.targets)
+        title = f"{self.method} {self.pattern}" + (f", allocation {self.allocation}" if self.allocation else "")
+        table = _target_table(title, self.targets)
         left_out = Table(title="not pruned", title_justify="left")
         for heading in ("parameter", "shape", "why"):
             left_out.add_column(heading)
@@ -114,7 +133,17 @@ class SparsityReport:
             name = rows[0].name if len(rows) == 1 else f"{role} ({len(rows)})"
             left_out.add_row(name, "×".join(map(str, rows[0].shape)), reason, f"{sum(r.share for r in rows):.2%}")
         notes = [f"{target.name}: {target.note}" for target in self.targets if target.note]
+        if self.left_dense:
+            notes.append(
+                f"{self.allocated_sparsity:.2%} of {self.total + self.left_dense:,} weights with the layers that the "
+                "allocation leaves dense"
+            )
         data = f", {self.samples} sequences ({self.tokens:,} tokens) of calibration" if self.samples else ""
+        if self.update is not None:
+            least = min((target.damping for target in self.targets if target.damping is not None), default=0.0)
+            notes.append(
+                f"kept weights updated ({self.update} OBS), Hessians damped by {least:g} of their mean diagonal"
+            )
         notes.append(
             f"{self.sparsity:.2%} of {self.total:,} weights pruned, {self.model_sparsity:.2%} of all "
             f"{self.parameters:,} parameters, in {self.seconds:.1f} s{data}"

@@ -19,7 +19,7 @@ from trisparse.kernels.select import select_rows
 from trisparse.kernels.threshold import select_global
 from trisparse.sparsity.mask import Mask
 from trisparse.sparsity.metric import Score
-from trisparse.sparsity.pattern import NM, Pattern, Rows, Unstructured, kept_of
+from trisparse.sparsity.pattern import NM, Pattern, Rows, Unstructured, kept_of, kept_per_row
 from trisparse.sparsity.targets import Target
 
 
@@ -54,16 +54,30 @@ def select(target: Target, parts: Sequence[Score], pattern: Pattern) -> Mask:
         kept = select_rows(norms[None], kept_of(norms.numel(), pattern.sparsity), absolute=False)
         whole = pack_bits(kept.new_ones(1, target.cols))
         bits = [torch.where(kept.T, whole, torch.zeros_like(whole))]
-    elif pattern.scope == "row":
-        k = kept_of(target.cols, pattern.sparsity)
-        bits = [
-            select_rows(s.weight, k, x=s.x, absolute=s.absolute, score=s.metric, g=s.g, out="packed") for s in parts
-        ]
+    elif pattern.scope in ("row", "balanced"):
+        k, more = kept_per_row(pattern, sum(s.weight.shape[0] for s in parts), target.cols)
+        bits = []
+        for s in parts:
+            bits += _select_rows(s, k, more)
+            more = max(0, more - s.weight.shape[0])
     elif pattern.scope == "layer":
         bits = _select_together(parts, pattern)
     else:
         raise ValueError("scope 'global' ranks all targets together: use select_over_all")
     return _as_mask(target, bits, pattern)
+
+
+def _select_rows(score: Score, k: int, more: int) -> list[Tensor]:
+    """Packed bits of k weights a row, and of k + 1 in the first ``more`` rows."""
+    more = min(more, score.weight.shape[0])
+    if more and score.metric is not None:  # it may reduce over the matrix, which is about to be cut
+        score = Score(score.materialise(), absolute=False)
+    sections = [(score.weight[:more], k + 1), (score.weight[more:], k)] if more else [(score.weight, k)]
+    return [
+        select_rows(w, count, x=score.x, absolute=score.absolute, score=score.metric, g=score.g, out="packed")
+        for w, count in sections
+        if w.shape[0]
+    ]
 
 
 def select_over_all(targets: Sequence[Target], scores: Sequence[Sequence[Score]], pattern: Unstructured) -> list[Mask]:

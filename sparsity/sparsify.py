@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -12,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trisparse.sparsity.allocation import Allocation, PerLayer, find_allocation
+from trisparse.sparsity.allocation.allocate import allocate
 from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
 from trisparse.sparsity.mask import HoldsMask
-from trisparse.sparsity.metric import METRICS, Method, find_metric
+from trisparse.sparsity.metric import METRICS, SPARSEGPT, Method, Metric, find_metric
+from trisparse.sparsity.obs import UPDATES, Update, check_update
 from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.pruning import Pruning
-from trisparse.sparsity.report import SkippedReport, SparsityReport
+from trisparse.sparsity.report import DENSE_BY_ALLOCATION, SkippedReport, SparsityReport
 from trisparse.sparsity.selection import check_pattern
 from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
 from trisparse.sparsity.targets import Target, Targets, find_targets, is_peft_wrapped
@@ -44,6 +48,9 @@ def sparsify(
     seed: int = 0,
     propagate: Propagate = "block",
     dtype: torch.dtype | None = None,
+    allocation: Allocation | str | PathLike[str] | None = None,
+    update: Update | None = None,
+    damping: float = 0.01,
     progress: bool = True,
 ) -> SparsityReport:
     """Prune ``model`` in place and attach its masks.
@@ -55,7 +62,7 @@ def sparsify(
         model: any module with Linear, Conv1d/2d/3d, transformers' Conv1D or fused expert weights.
         sparsity: ``0.5``, ``"50%"``, ``"50% layer"``, ``"2:4"`` or a Pattern.
         method: a name in ``METRICS`` such as ``"wanda"``, an expression such as ``"abs(W) * X"``, a Metric, a
-            JSON file of one, or ``"auto"``: wanda with data, magnitude without.
+            JSON file of one, ``"sparsegpt"``, or ``"auto"``: wanda with data, magnitude without.
         data: calibration data: token tensor [length] or [n, length], string(s), a ``datasets`` dataset, or an
             iterable of batches (dicts of the model's keyword arguments, or tensors for its first argument).
         tokenizer: needed for text.
@@ -68,6 +75,13 @@ def sparsify(
         propagate: how calibration goes on behind a pruned layer: ``"block"``, ``"dense"`` or ``"linear"``
             (see :mod:`trisparse.sparsity.calibration`).
         dtype: compute dtype of calibration; None takes bf16 where the device is fast at it. Statistics are fp32.
+        allocation: how ``sparsity`` is spread over the layers: "uniform", "uniform+", "global", "erk", "lamp", "owl",
+            with parameters as in ``"owl:M=7,lambda=0.1"``, the file of a PerLayer, or an Allocation
+            (see :mod:`trisparse.sparsity.allocation`); None prunes each layer to ``sparsity``.
+        update: let the kept weights make up for the pruned ones by an OBS update (see :mod:`trisparse.sparsity.obs`):
+            ``"sequential"`` (all of a layer's mask first), ``"iterative"`` (block by block of columns) or None.
+            ``"sparsegpt"`` is always iterative.
+        damping: of the update's Hessians, as a share of the mean of their diagonal; it grows where that is needed.
         progress: show a progress bar with the time left.
 
     Raises:
@@ -76,8 +90,15 @@ def sparsify(
     """
     start = time.perf_counter()
     pattern = parse_pattern(sparsity)
+    spread = None if allocation is None else find_allocation(allocation)
+    if spread is not None:
+        pattern = spread.check(pattern)
+    weighs_inputs = spread is not None and spread.reads_inputs
+    if weighs_inputs and data is None:
+        raise ValueError(f"allocation {spread} weighs the layers' inputs: pass data (and a tokenizer for text)")
     metric = find_metric(method, has_data=data is not None, has_gradients=gradients is not None)
-    reads_inputs = "X" in metric.uses
+    update = _checked_update(update, damping, metric, has_data=data is not None)
+    reads_inputs = "X" in metric.uses or update is not None
     if propagate not in PROPAGATE:
         raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got {propagate!r}")
     together = isinstance(pattern, Unstructured) and pattern.scope == "global"
@@ -88,10 +109,13 @@ def sparsify(
     if any(isinstance(module, HoldsMask) for module in model.modules()):
         raise ValueError("model is compressed: decompress(model) it first")
     targets = find_targets(model, include=include, exclude=exclude)
-    check_pattern(targets.found, pattern)
+    if spread is None:
+        check_pattern(targets.found, pattern)
+    if update is not None:
+        check_update(targets.found, pattern)
     _check_finite(targets.found)
     batches: list[Batch] = []
-    if reads_inputs or ("G" in metric.uses and gradients is None):
+    if reads_inputs or weighs_inputs or ("G" in metric.uses and gradients is None):
         batches = calibration_batches(
             model,
             data,
@@ -103,20 +127,33 @@ def sparsify(
         )
     if reads_inputs:
         _check_batches(model, targets.found, batches, propagate)
+    if weighs_inputs:
+        _check_batches(model, targets.found, batches, "dense")
+    allocated = None
+    if spread is not None:
+        allocated = allocate(spread, model, targets, pattern, batches, dtype=dtype, progress=progress)
     norms = _gradients(model, targets, batches, gradients, dtype, progress) if "G" in metric.uses else None
-    pruning = Pruning(pattern, metric, seed, norms)
-    steps: Generator[tuple[list[Target], InputStatistics | None]] = (
-        walk(
+    if allocated is not None:
+        targets = allocated.targets
+    pruning = Pruning(pattern, metric, seed, norms, None if allocated is None else allocated.patterns, update, damping)
+    if update is not None and allocated is not None:
+        for target in targets.found:
+            check_update([target], pruning.pattern_of(target))
+    steps: Generator[tuple[list[Target], InputStatistics | None]]
+    if not reads_inputs:
+        steps = _blocks(targets)
+    elif propagate == "dense" and allocated is not None and allocated.measured and update is None:
+        steps = allocated.steps()
+    else:
+        steps = walk(
             model,
             targets,
             batches,
             propagate=propagate,
             dtype=dtype,
-            on_use=pruning.select_on_use if propagate == "linear" else None,
+            on_use=pruning.prune_on_use if propagate == "linear" else None,
+            hessians=update is not None,
         )
-        if reads_inputs
-        else _blocks(targets)
-    )
     label = f"{metric.name} {pattern}"
     with progress_bar(label, len(targets.found), enabled=progress) as advance, closing(steps):
         try:
@@ -138,9 +175,10 @@ def sparsify(
         count = torch.Size(item.shape).numel()
         tied = item.reason.startswith("tied to ")  # counted with the parameter that it shares
         skipped.append(SkippedReport(item.name, item.shape, count, 0 if tied else count / parameters, item.reason))
+    texts = {row.pattern for row in pruning.rows} if isinstance(spread, PerLayer) else {str(pattern)}
     return SparsityReport(
-        pattern=str(pattern),
-        method=metric.name if METRICS.get(metric.name) == metric else str(metric),
+        pattern=texts.pop() if len(texts) == 1 else "mixed",
+        method=metric.name if {**METRICS, SPARSEGPT.name: SPARSEGPT}.get(metric.name) == metric else str(metric),
         propagate=propagate if reads_inputs else None,
         seconds=time.perf_counter() - start,
         samples=sum(batch_size(batch) for batch in batches),
@@ -148,7 +186,24 @@ def sparsify(
         parameters=parameters,
         targets=pruning.rows,
         skipped=skipped,
+        allocation=None if spread is None else str(spread),
+        left_dense=sum(row.parameters for row in skipped if row.reason == DENSE_BY_ALLOCATION),
+        update=update,
     )
+
+
+def _checked_update(update: Update | None, damping: float, metric: Metric, *, has_data: bool) -> Update | None:
+    if update is not None and update not in UPDATES:
+        raise ValueError(f"update must be one of {', '.join(UPDATES)} or None, got {update!r}")
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
+        raise ValueError(f"damping must be a finite number above 0, got {damping!r}")
+    if metric is SPARSEGPT:
+        if update == "sequential":
+            raise ValueError("method 'sparsegpt' finds its masks while it updates: update='sequential' takes a metric")
+        return "iterative"
+    if update is not None and not has_data:
+        raise ValueError(f"update={update!r} needs the layers' inputs: pass data (and a tokenizer for text)")
+    return update
 
 
 def _gradients(

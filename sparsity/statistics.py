@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from trisparse.sparsity.hessian import Factor, FactorisationError, HessianSums, identity_factor, unfolded
 from trisparse.sparsity.targets import Target
 
 _CHUNK = 256  # rows that are squared at once: the fp32 copy stays in the cache
@@ -24,15 +25,17 @@ class InputStatistics:
     """Sums of squares of the inputs of ``targets``; :meth:`observing` collects while it is open.
 
     Layers that are fed by the same tensor (q, k and v) are measured once: the tensor is held while its block
-    runs, so that its identity cannot be taken over by another one.
+    runs, so that its identity cannot be taken over by another one. With ``hessians`` their Hessians are summed, too:
+    4 cols² bytes for each input that is not shared, and as much again while a batch runs.
     """
 
-    def __init__(self, targets: Iterable[Target]) -> None:
+    def __init__(self, targets: Iterable[Target], *, hessians: bool = False) -> None:
         self._targets = {target.name: target for target in targets}
         self._squares: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._seen: list[tuple[Tensor, int, Tensor, int]] = []
         self._valid: Tensor | None = None
+        self._hessians = HessianSums() if hessians else None
 
     def rms(self, target: Target) -> Tensor | None:
         """X of ``target``, fp32 [parts, cols], or None if no input reached it.
@@ -45,9 +48,42 @@ class InputStatistics:
         rms = (squares / counts.clamp(min=1)[:, None]).sqrt()
         return torch.where(counts[:, None] > 0, rms, torch.ones_like(rms))
 
+    def reached(self, target: Target) -> Tensor:
+        """Which parts (experts) of ``target`` saw a token, bool [parts]."""
+        counts = self._counts.get(target.name)
+        return torch.zeros(target.parts, dtype=torch.bool) if counts is None else counts > 0
+
     def unreached_parts(self, target: Target) -> int:
         """How many parts (experts) of ``target`` saw no token."""
         return int((self._counts[target.name] == 0).sum()) if target.name in self._counts else target.parts
+
+    def factors(self, target: Target, damping: float) -> list[Factor]:
+        """The factorised Hessian of each part of ``target``; that of a part that no token reached is 1.
+
+        Raises:
+            ValueError: it has none; names the target.
+        """
+        assert self._hessians is not None
+        found = []
+        for part in range(target.parts):
+            hessian = self._hessians.of((target.name, part))
+            try:
+                found.append(
+                    identity_factor(target.cols, target.weight.device) if hessian is None else hessian.factor(damping)
+                )
+            except FactorisationError as error:
+                raise ValueError(f"{target.name} cannot be updated: {error}") from None
+        return found
+
+    @property
+    def has_hessians(self) -> bool:
+        """Whether Hessians are summed."""
+        return self._hessians is not None
+
+    def forget_hessians(self) -> None:
+        """Free the Hessians; what else was measured stays."""
+        if self._hessians is not None:
+            self._hessians.clear()
 
     @contextmanager
     def observing(self, before_use: Callable[[Target], None] | None = None) -> Iterator[None]:
@@ -72,6 +108,8 @@ class InputStatistics:
         finally:
             self._seen.clear()
             self._valid = None
+            if self._hessians is not None:
+                self._hessians.close()
 
     def _hook(self, target: Target, before_use: Callable[[Target], None] | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,6 +128,15 @@ class InputStatistics:
         where = slice(None) if part is None else slice(part, part + 1)
         self._squares[target.name][where] += squares
         self._counts[target.name][where] += count
+        if self._hessians is not None:
+            self._add_hessian(self._hessians, target, x, part)
+
+    def _add_hessian(self, hessians: HessianSums, target: Target, x: Tensor, part: int | None) -> None:
+        if isinstance(target.module, nn.Conv1d | nn.Conv2d):  # not shared: it depends on the kernel's size
+            for group, rows in enumerate(unfolded(x, target.module)):
+                hessians.add((target.name, group), rows)
+        elif not hessians.share((target.name, part or 0), x):
+            hessians.add((target.name, part or 0), self._rows(x), x)
 
     def _measure(self, x: Tensor, target: Target) -> tuple[Tensor, int]:
         """Sum of squares of each input (broadcasts to [parts, cols]) and number of tokens."""
@@ -104,12 +151,17 @@ class InputStatistics:
             kernel = target.cols * module.groups // module.in_channels
             squares = channels.view(module.groups, -1).repeat_interleave(kernel, dim=1)
             return squares, count  # not shared: another kernel size needs another expansion
-        rows = x.reshape(-1, x.shape[-1])
-        if self._valid is not None and rows.shape[0] == self._valid.numel():
-            rows = rows[self._valid.flatten()]
+        rows = self._rows(x)
         squares, count = _sum_of_squares(rows), rows.shape[0]
         self._seen.append((x, x._version, squares, count))
         return squares, count
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The inputs [tokens, cols] in ``x`` without padded ones."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._valid is not None and rows.shape[0] == self._valid.numel():
+            rows = rows[self._valid.flatten()]
+        return rows
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:

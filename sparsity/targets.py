@@ -234,7 +234,7 @@ class _Patterns:
         self.patterns = tuple(self.unused)
 
     def match(self, name: str) -> bool:
-        matched = [pattern for pattern in self.patterns if any(fnmatchcase(n, pattern) for n in _prefixes(name))]
+        matched = [pattern for pattern in self.patterns if name_matches(name, pattern)]
         for pattern in matched:
             self.unused.pop(pattern, None)
         return bool(matched)
@@ -242,6 +242,11 @@ class _Patterns:
     def check_used(self) -> None:
         if self.unused:
             raise ValueError(f"{self.argument} matches no parameter: {', '.join(self.unused)}")
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Whether the shell-style ``pattern`` matches the parameter ``name`` or a module that it is in."""
+    return any(fnmatchcase(part, pattern) for part in _prefixes(name))
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trisparse.retrain.sparse_lora_config import SparseLoraConfig, load_adapters, sparse_lora_modules
     from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
     from trisparse.retrain.vision_report import VisionReport
+    from trisparse.sparsity.allocation import ERK, LAMP, OWL, PerLayer, UniformPlus
     from trisparse.sparsity.capture import BlocksNotChainedError
     from trisparse.sparsity.checkpoint import CheckpointError, load, save
     from trisparse.sparsity.compression import CompressionReport, compress, decompress
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
 __version__ = version("trisparse")
 
 _HOME = {
+    "ERK": "sparsity.allocation",
+    "LAMP": "sparsity.allocation",
     "NM": "sparsity.pattern",
+    "OWL": "sparsity.allocation",
     "BlocksNotChainedError": "sparsity.capture",
     "CheckpointError": "sparsity.checkpoint",
     "CompressionReport": "sparsity.compression",
@@ -52,6 +56,7 @@ _HOME = {
     "Metric": "sparsity.metric",
     "PERPConfig": "retrain.perp",
     "Pattern": "sparsity.pattern",
+    "PerLayer": "sparsity.allocation",
     "ReconstructConfig": "retrain.reconstruct",
     "ReconstructReport": "retrain.reconstruct_report",
     "RetrainError": "retrain.loop",
@@ -60,6 +65,7 @@ _HOME = {
     "SparseLinear": "sparsity.linear",
     "SparseLoraConfig": "retrain.sparse_lora_config",
     "SparsityReport": "sparsity.report",
+    "UniformPlus": "sparsity.allocation",
     "Unstructured": "sparsity.pattern",
     "VisionConfig": "retrain.vision",
     "VisionReport": "retrain.vision_report",
@@ -81,7 +87,10 @@ _HOME = {
 }
 
 __all__ = [
+    "ERK",
+    "LAMP",
     "NM",
+    "OWL",
     "BlocksNotChainedError",
     "CheckpointError",
     "CompressionReport",
@@ -95,6 +104,7 @@ __all__ = [
     "Metric",
     "PERPConfig",
     "Pattern",
+    "PerLayer",
     "ReconstructConfig",
     "ReconstructReport",
     "RetrainError",
@@ -103,6 +113,7 @@ __all__ = [
     "SparseLinear",
     "SparseLoraConfig",
     "SparsityReport",
+    "UniformPlus",
     "Unstructured",
     "VisionConfig",
     "VisionReport",

@@ -19,6 +19,7 @@ OPTIONS = {
     "dtype": "fp32",
     "learning_rates": (1e-7, 1e-2),
     "grid_steps": 4,
+    "warmup_ratio": 0.25,
 }
 
 

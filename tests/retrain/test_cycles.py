@@ -273,8 +273,7 @@ def test_a_collapse_brings_earlier_masks_back(dense, config, tokens, watched):
 
 
 def test_a_collapse_may_be_allowed(dense, config, tokens):
-    model = small_last_layer(dense())
-    report = run(model, "50% global", tokens, config(cycles=1, allow_collapse=True))
+    report = run(small_last_layer(dense()), "50% global", tokens, config(cycles=1, allow_collapse=True))
     assert report.cycles[0].collapsed == ["model.layers.1.self_attn.k_proj.weight"]
     assert "wholly pruned: model.layers.1.self_attn.k_proj.weight" in str(report)
 
@@ -390,9 +389,9 @@ def test_wrong_fields_are_named(config, field, message):
 def test_text_and_a_method_with_data(dense, config, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    letters = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters)
     text = "a b b a b a a b " * 20
     report = run(dense(), NM(2, 4), text, config(cycles=1, method="auto"), tokenizer=tokenizer, validation=text)
     assert report.method == "wanda"

@@ -131,6 +131,22 @@ def test_a_failure_in_any_cycle_resumes(build, tokens, tmp_path, unbroken, monke
     assert results(report) == results(unbroken[1])
 
 
+def test_auto_starts_where_nothing_has_begun_and_goes_on_afterwards(build, tokens, tmp_path, unbroken, monkeypatch):
+    folder, model = tmp_path / "cut", dense(build)
+    real, cut = cycles_module.retrain, []
+
+    def fails(model, windows, config, **options):
+        if config.seed == 1 and not cut:
+            cut.append(1)
+            raise KeyboardInterrupt
+        return real(model, windows, config, **options)
+
+    interrupted(monkeypatch, "retrain", fails, dense(build), tokens, folder, resume="auto")
+    assert len(json.loads((folder / JOURNAL).read_text())["cycles"]) == 1
+    assert results(cycles(model, tokens, folder, resume="auto")) == results(unbroken[1])
+    assert same(model, unbroken[0])
+
+
 def test_freezing_resumes_in_the_middle_of_a_cycle(build, tokens, tmp_path, monkeypatch):
     changes = {"freezing": GradualFreezing(stages=4), "retraining": {"groups": ("norms", "lora")}}
     whole, model = dense(build), dense(build)

@@ -164,6 +164,18 @@ def test_nothing_to_resume_from_is_said(build, tokens, tmp_path, run, quick):
         quick(resume=True)
 
 
+def test_auto_starts_anew_where_there_is_nothing_yet_and_goes_on_where_there_is(build, tokens, tmp_path, run, quick):
+    (tmp_path / "checkpoint-2").mkdir()  # cut off while it was written
+    first, again, other = build("llama"), build("llama"), build("llama")
+    assert run(first, tokens, output_dir=tmp_path, resume="auto", **STEPS).resumed_at == 0
+    assert run(again, tokens, output_dir=tmp_path, resume="auto", **STEPS).resumed_at == 8
+    assert same(again, first)
+    with pytest.raises(ValueError, match=r"another run, resume needs the same: data, seed"):
+        run(other, tokens, output_dir=tmp_path, resume="auto", seed=1, **STEPS)
+    with pytest.raises(ValueError, match="resume='auto' needs output_dir"):
+        quick(resume="auto")
+
+
 @pytest.mark.parametrize("spoil", ["missing", "shape"])
 def test_a_checkpoint_with_other_parameters_is_refused(build, tokens, tmp_path, run, snapshot, assert_same, spoil):
     run(build("llama"), tokens, output_dir=tmp_path, **STEPS)

@@ -29,24 +29,12 @@ EPOCHS = bench.EPOCHS
 
 
 @pytest.fixture(scope="module")
-def digits():
-    """((1400 images, labels), (397 images, labels))."""
-    return bench.digits()
+def pruned(trained_resnet):
+    return bench.prune(trained_resnet, "95%")
 
 
-@pytest.fixture(scope="module")
-def dense(digits):
-    torch.set_num_threads(1)
-    return bench.trained_resnet(digits[0], seed=0).eval()
-
-
-@pytest.fixture(scope="module")
-def pruned(dense):
-    return bench.prune(dense, "95%")
-
-
-def test_each_preset_brings_back_more(dense, pruned, digits):
-    train, test = digits
+def test_each_preset_brings_back_more(trained_resnet, pruned, digits):
+    dense, (train, test) = trained_resnet, digits
     assert accuracy(dense, test) > 0.94
     assert accuracy(pruned, test) < 0.4
     assert {name for name, _ in dense.named_parameters() if "convolution" in name} < set(masks(pruned))
@@ -309,6 +297,14 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     assert first[2] == one[2]
     assert first[3]["1.num_batches_tracked"] == [3]
     assert any(abs(mean) > 1e-3 for mean in first[3]["1.running_mean"])
+
+
+def test_a_scheduler_may_set_world_size_alone(digits, monkeypatch):
+    """Without a launcher there is one process, which takes all the steps."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    report = retrain_vision(model, digits[0], VisionConfig("full", batch_size=280), progress=False)
+    assert report.steps == len(report.losses) == 5
 
 
 def test_sharded_weights_are_refused(digits, monkeypatch):

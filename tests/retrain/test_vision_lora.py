@@ -22,15 +22,8 @@ QUICK = {"schedule": Linear(0.02), "epochs": 1, "batch_size": 64, "rank": 4, "al
 
 
 @pytest.fixture(scope="module")
-def digits():
-    """((1400 images, labels), (397 images, labels))."""
-    return bench.digits()
-
-
-@pytest.fixture(scope="module")
-def pruned(digits):
-    torch.set_num_threads(1)
-    return bench.prune(bench.trained_resnet(digits[0], seed=0).eval(), "90%")
+def pruned(trained_resnet):
+    return bench.prune(trained_resnet, "90%")
 
 
 @pytest.mark.parametrize("variant", ["lora_prune", "mask_lora", "scale_lora"])

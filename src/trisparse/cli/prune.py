@@ -15,10 +15,10 @@ def prune(
     model: Model,
     out: Out,
     sparsity: Annotated[
-        str, typer.Option(help="50%, '50% layer', '50% global', '50% rows' or N:M such as 2:4.")
+        str, typer.Option(help="50%, '50% balanced', '50% layer', '50% global', '50% rows' or N:M such as 2:4.")
     ] = "2:4",
     method: Annotated[
-        str, typer.Option(help="auto, a metric's name, an expression or a JSON file; see 'trisparse metrics'.")
+        str, typer.Option(help="auto, sparsegpt, a metric's name, an expression or a JSON file: 'trisparse metrics'.")
     ] = "auto",
     data: Annotated[str | None, typer.Option(help="Calibration data; see 'trisparse eval --help'.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
@@ -26,18 +26,35 @@ def prune(
     include: Annotated[list[str] | None, typer.Option(help="Weights to prune (shell pattern; repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Weights to leave out (shell pattern; repeatable).")] = None,
     propagate: Annotated[str, typer.Option(help="block, dense or linear.")] = "block",
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How the sparsity is spread over the layers: uniform, uniform+, global, erk, lamp, owl or with "
+            "parameters owl:M=5,lambda=0.08, or a YAML/JSON file of name patterns and sparsities."
+        ),
+    ] = None,
     gradients: Annotated[
         Path | None, typer.Option(help="File of gradient norms for a metric that reads G; else measured, then cached.")
     ] = None,
+    update: Annotated[
+        str | None, typer.Option(help="Update the kept weights (OBS): sequential or iterative; sparsegpt always does.")
+    ] = None,
+    damping: Annotated[float, typer.Option(help="Of the update's Hessians, a share of their mean diagonal.")] = 0.01,
+    dtype: Annotated[str, typer.Option(help="Of calibration: auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Prune a model and save it with its masks."""
+    import torch
+
     from trisparse.sparsity.checkpoint import check_output, save
     from trisparse.sparsity.sparsify import sparsify
     from trisparse.sparsity.text import load_text
 
     check_output(out)
+    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     text = None if data is None else load_text(data, split="calibration")
     loaded, tokenizer, recipe = load_model(model)
     report = sparsify(
@@ -53,10 +70,19 @@ def prune(
         seed=seed,
         propagate=propagate,  # type: ignore[arg-type]  # checked by sparsify
         gradients=gradients,
+        allocation=allocation,
+        dtype=dtypes[dtype],
+        update=update,  # type: ignore[arg-type]  # checked by sparsify
+        damping=damping,
     )
     content = report.to_dict()
-    step = {k: content[k] for k in ("pattern", "method", "propagate", "samples", "tokens", "sparsity", "seconds")}
-    save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, {"step": "prune", "data": data, "seed": seed, **step}])
+    done = ("pattern", "method", "allocation", "propagate", "update", "samples", "tokens", "sparsity", "seconds")
+    step = {"step": "prune", "data": data, "seed": seed, **{key: content[key] for key in done}}
+    if report.update is not None:
+        step |= {"damping": damping}
+    if dtype != "auto":
+        step |= {"dtype": dtype}
+    save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, step])
     show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
 
 

@@ -150,7 +150,7 @@ def test_shared_blocks_are_refused(pair, run, tokens):
         ({"groups": ()}, "groups must be one or more"),
         ({"groups": "lora"}, "groups must be one or more"),
         ({"groups": ("full", "norms")}, "groups must be 'full' alone"),
-        ({"targets": "both"}, "targets must be one of dense, sparse, got 'both'"),
+        ({"targets": "both"}, "targets must be one of sparse, dense, got 'both'"),
         ({"dtype": "fp16"}, "dtype must be one of auto, fp32, bf16"),
         ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
         ({"steps": 2.0}, "steps must be an integer"),
