@@ -29,7 +29,7 @@ def steps_of(folder):
         ({"merge": False}, lambda report: sum(report.trainable.values())),
         ({"groups": "full", "learning_rate": 1e-3}, lambda report: report.total_parameters),
     ],
-    ids=str,
+    ids=["perp", "adapters", "full"],
 )
 def test_a_checkpoint_holds_only_what_trains(build, tokens, tmp_path, run, changes, trained):
     report = run(build("opt").bfloat16(), tokens, output_dir=tmp_path, **STEPS, dtype="bf16", **changes)
@@ -106,11 +106,11 @@ def test_other_compressed_weights_are_another_run(build, tokens, tmp_path, run, 
 
 def test_auto_is_the_dtype_that_it_was_on_the_machine_of_the_run(build, tokens, tmp_path, run, monkeypatch):
     options = {"output_dir": tmp_path, "dtype": "auto", **STEPS}
-    monkeypatch.setattr("trisparse.retrain.perp.bf16_is_fast", lambda device: False)
+    monkeypatch.setattr("trisparse.retrain.precision.bf16_is_fast", lambda device: False)
     run(build("llama"), tokens, **options)
     assert json.loads((tmp_path / "checkpoint-4" / RUN_FILE).read_text())["identity"]["dtype"] == "fp32"
     assert run(build("llama"), tokens, **options | {"dtype": "fp32"}, resume=True).resumed_at == 4
-    monkeypatch.setattr("trisparse.retrain.perp.bf16_is_fast", lambda device: True)
+    monkeypatch.setattr("trisparse.retrain.precision.bf16_is_fast", lambda device: True)
     with pytest.raises(ValueError, match=r"dtype \(was 'fp32', is 'bf16'\)"):
         run(build("llama"), tokens, **options, resume=True)
 
