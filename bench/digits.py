@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from trisparse.env import environment
+from trisparse.retrain.groups import VISION_PRESETS
 from trisparse.retrain.schedule import ALLR, CLR, FT, LLR, LRW, SLR, Linear, Original, Schedule, pruning_change
 from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
-from trisparse.retrain.vision_groups import PRESETS
 from trisparse.sparsity.sparsify import sparsify
 
 RESULTS = Path("bench/results/digits.json")
@@ -88,7 +88,7 @@ def measure() -> Iterator[dict[str, Any]]:
             change = pruning_change(dense, pruned)
             row = {"sparsity": sparsity, "seed": seed, "change": change}
             yield {**row, "groups": "pruned", "schedule": "", "accuracy": accuracy(pruned, test)}
-            runs = [(groups, "ALLR") for groups in PRESETS]
+            runs = [(groups, "ALLR") for groups in VISION_PRESETS]
             runs += [("full", name) for name in schedules(change) if name != "ALLR"]
             for groups, name in runs:
                 model = copy.deepcopy(pruned)

@@ -1,6 +1,6 @@
 """The ablation of PERP's Table 13: perplexity after retraining each of the 16 combinations of parameter groups.
 
-    python -m trisparse.bench.perp_groups [--steps 20] [--json]
+    python -m trisparse.bench.perp_groups [--steps 20] [--targets q_proj,v_proj] [--json]
 
 prunes SmolLM2-135M by magnitude, retrains a copy for every subset of biases, norms, head and lora, and prints what
 trained, its share of the parameters and the perplexity on the test split. A group that the model has nothing of
@@ -49,7 +49,8 @@ def measure(model: Any, train: Tensor, test: Tensor, config: PERPConfig) -> Iter
         present = tuple(group for group in groups if getattr(has, group))
         if present not in rows:
             retrained = copy.deepcopy(model)
-            report = retrain(retrained, train, replace(config, groups=present), progress=False)
+            targets = config.targets if "lora" in present else None
+            report = retrain(retrained, train, replace(config, groups=present, targets=targets), progress=False)
             rows[present] = {
                 "trainable_share": report.trainable_share,
                 "trainable": report.trainable,
@@ -90,6 +91,7 @@ def run(options: argparse.Namespace, on_row: Callable[[dict[str, Any]], None]) -
         variant=options.variant,
         rank=options.rank,
         alpha=options.alpha,
+        targets=None if options.targets is None else options.targets.split(","),
     )
     batch = batch_settings(config, parameter_count(model))
     cut = {"tokenizer": tokenizer, "seq_len": options.seq_len}
@@ -114,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variant", default="mask_lora", choices=("lora_prune", "mask_lora", "scale_lora"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=32)
+    parser.add_argument("--targets", help="layers that get a LoRA, such as q_proj,v_proj; every pruned one by default")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if not options.json:

@@ -15,8 +15,11 @@ from typing import Any
 from trisparse.bench.demo import FULL
 from trisparse.bench.smollm2 import load_smollm2
 from trisparse.env import environment
+from trisparse.sparsity.calibration import Propagate
 from trisparse.sparsity.data import token_windows
+from trisparse.sparsity.obs import Update
 from trisparse.sparsity.perplexity import perplexity
+from trisparse.sparsity.report import SparsityReport
 from trisparse.sparsity.sparsify import sparsify
 from trisparse.sparsity.text import pydoc_text
 
@@ -45,12 +48,14 @@ class PrunedSmolLM2:
     def dense(self) -> float:
         """Perplexity of the dense model."""
         self._model.load_state_dict(self._dense)
-        return perplexity(self._model, self._test, seq_len=FULL.seq_len)
+        return self.perplexity()
 
-    def pruned(self, method: str, pattern: str) -> tuple[float, float]:
-        """(sparsity, perplexity) of the model pruned by ``method``."""
+    def prune(
+        self, method: str, pattern: str, *, update: Update | None = None, propagate: Propagate = "block"
+    ) -> SparsityReport:
+        """Prune the dense model by ``method``."""
         self._model.load_state_dict(self._dense)
-        report = sparsify(
+        return sparsify(
             self._model,
             pattern,
             method,
@@ -58,9 +63,18 @@ class PrunedSmolLM2:
             tokenizer=self._tokenizer,
             samples=FULL.calibration,
             seq_len=FULL.seq_len,
+            update=update,
+            propagate=propagate,
             progress=False,
         )
-        return report.sparsity, perplexity(self._model, self._test, seq_len=FULL.seq_len)
+
+    def perplexity(self) -> float:
+        """Perplexity of the model as it is."""
+        return perplexity(self._model, self._test, seq_len=FULL.seq_len)
+
+    def pruned(self, method: str, pattern: str) -> tuple[float, float]:
+        """(sparsity, perplexity) of the model pruned by ``method``."""
+        return self.prune(method, pattern).sparsity, self.perplexity()
 
 
 def measure() -> dict[str, Any]:

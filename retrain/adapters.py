@@ -29,7 +29,7 @@ def other_ties(model: Any, head: str) -> list[str]:
     return [key for key, source in getattr(model, "all_tied_weights_keys", {}).items() if own not in (key, source)]
 
 
-def _untie(model: Any, head: str, layer: nn.Module) -> int:
+def untie(model: Any, head: str, layer: nn.Module) -> int:
     """Give the head ``layer`` a weight of its own, for saving and loading too; returns the parameters added."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
@@ -48,8 +48,8 @@ def _untie(model: Any, head: str, layer: nn.Module) -> int:
 class Adapted:
     """A model under PERP's adapters, with what it takes to restore it.
 
-    Norms are PEFT's ``modules_to_save``, biases its ``bias="all"``: so the adapter checkpoints that the
-    Trainer writes hold everything that trains. Norms and biases of a half-precision model train in fp32.
+    Norms are PEFT's ``modules_to_save``, biases its ``bias="all"``: so an adapter folder holds everything that trains.
+    Norms and biases of a half-precision model train in fp32.
 
     Args:
         model: a transformers model.
@@ -78,6 +78,7 @@ class Adapted:
 
         self._modules = {name: model.get_submodule(name) for name in (*self.norms, *self.lora)}
         self._state = ModelState(model)
+        self._training = model.training
         self.trainable = trainable_parameters(model, groups, wanted, rank)
         self._biases = [(model.get_parameter(name), model.get_parameter(name).data.clone()) for name in biases]
         try:
@@ -144,6 +145,7 @@ class Adapted:
                     trained.data = trained.data.to(own.dtype)
             for param, before in self._biases:
                 param.data = param.data.to(before.dtype)
+            self.peft.train(self._training)  # what the adapters added, too
             self._state.restore(frozen=True)
 
     def merge(self) -> int:
@@ -154,7 +156,7 @@ class Adapted:
             self._state.restore()
             if self.head and is_tied(self.model, self.head):
                 wrapper: Any = self.model.get_submodule(self.head)
-                added = _untie(self.model, self.head, wrapper.get_base_layer())
+                added = untie(self.model, self.head, wrapper.get_base_layer())
             self.peft.merge_and_unload()
             # the norms' own modules back, with the trained values: whoever holds one keeps holding the model's
             for name, values in trained.items():

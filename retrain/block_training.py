@@ -2,10 +2,11 @@
 
     min over the trained parameters of  mean over tokens of |block(x) - t|² / |t|²
 
-x [batch, tokens, hidden] are the hidden states that enter the block and t the outputs wanted. The error is relative to
-each token, as a few tokens of a language model have hidden states a thousand times greater than the others' (Sun et
-al. 2024, https://arxiv.org/abs/2402.17762), and their errors would be the whole mean. Weights under a mask
-train as W + M ⊙ s·BA (PERP, section 3.2; kernels/masked_lora.py) or directly, with the gradient under the mask.
+x [batch, tokens, hidden] are the hidden states that enter the block and t the outputs wanted; of images x is
+[batch, channels, height, width], and every position is a token. The error is relative to each token, as a few tokens of
+a language model have hidden states a thousand times greater than the others' (Sun et al. 2024,
+https://arxiv.org/abs/2402.17762), and their errors would be the whole mean. Weights under a mask train by MaskLoRA,
+W + M ⊙ s·BA (PERP, section 3.2; retrain/lora.py), or directly, with the gradient under the mask.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch.optim.lr_scheduler import LambdaLR
 
-from trisparse.kernels.bitmask import pack_bits
-from trisparse.kernels.masked_lora import effective_weight, mask_lora
-from trisparse.retrain.loop import RetrainError, autocast
-from trisparse.sparsity.capture import BlockCall, replaced_forward
+from trisparse.retrain.held_masks import held_masks
+from trisparse.retrain.layer_adapters import LayerAdapters
+from trisparse.retrain.loop import RetrainError, autocast, random_state_kept
+from trisparse.retrain.schedule import Linear, lr_lambda
+from trisparse.sparsity.capture import BlockCall
 from trisparse.sparsity.interrupt import interrupt_after
-from trisparse.sparsity.mask import mask_of
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,15 @@ class BlockTraining:
     dtype: torch.dtype | None
 
 
-def relative_errors(output: Tensor, target: Tensor) -> Tensor:
-    """|output - target|² / |target|² of each token; both are [..., hidden]."""
-    return (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+def relative_errors(output: Tensor, target: Tensor, dim: int = -1) -> Tensor:
+    """|output - target|² / |target|² of each token, whose hidden states lie along ``dim``."""
+    return (output - target).square().sum(dim) / target.square().sum(dim).clamp_min(1e-12)
+
+
+def hidden_dim(block: nn.Module, hidden: Tensor) -> int:
+    """The dimension of the hidden states of a token: the last one, or the channels where ``block`` convolves images."""
+    images = hidden.ndim == 4 and any(isinstance(module, nn.Conv2d) for module in block.modules())
+    return 1 if images else -1
 
 
 def run_block(block: nn.Module, call: BlockCall, hidden: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -85,60 +92,57 @@ def in_fp32(block: nn.Module) -> Iterator[None]:
 
 
 class TrainedBlock:
-    """A block with what trains in it: some parameters themselves, and LoRAs under masks.
+    """Context manager: a block with what trains in it, some parameters themselves and LoRAs under masks.
 
-    The block computes in fp32 (:func:`in_fp32`). :meth:`keep` and :meth:`undo` end it, one of the two.
+    The block computes in fp32 (:func:`in_fp32`). An error puts every parameter back as it was; after :meth:`keep` the
+    LoRAs are merged, and what is pruned is still exactly zero.
 
     Args:
         block: the block.
         direct: names of the parameters that train themselves; those with a mask train under it.
-        lora: names of the pruned nn.Linear and Conv1D in ``block`` that train by LoRA.
-        training: rank and seed.
+        lora: names of the pruned layers in ``block`` that train by LoRA (nn.Linear, Conv1D, nn.Conv2d).
+        training: how.
 
     Attributes:
         trainable: how many numbers train.
     """
 
     def __init__(self, block: nn.Module, direct: Sequence[str], lora: Sequence[str], training: BlockTraining) -> None:
-        self.block = block
-        self._hooks: list[Any] = []
+        self.block, self.training = block, training
         self._requires_grad = [(param, param.requires_grad) for param in block.parameters()]
-        block.requires_grad_(False)
         self._direct = [block.get_parameter(name) for name in direct]
         self._before = [param.data for param in self._direct]
-        for name, param in zip(direct, self._direct, strict=True):
-            param.data = param.data.clone()
-            param.requires_grad_(True)
-            owner, _, attribute = name.rpartition(".")
-            mask = mask_of(block.get_submodule(owner), attribute)
-            if mask is not None:
-                pruned = ~mask.dense(param.device)
-                self._hooks.append(param.register_post_accumulate_grad_hook(partial(_zero_gradient, pruned)))
-        generator = torch.Generator().manual_seed(training.seed)
-        self._adapters: list[_Adapter] = []
+        self._held = ExitStack()
+        self._adapters: LayerAdapters | None = None
         try:
-            for name in lora:
-                self._adapters.append(_Adapter(block.get_submodule(name), training.rank, training.alpha, generator))
+            block.requires_grad_(False)
+            for param in self._direct:
+                param.data = param.data.clone()
+                param.requires_grad_(True)
+            self._held.enter_context(held_masks(block, self._direct))
+            with random_state_kept():
+                torch.manual_seed(training.seed)
+                self._adapters = LayerAdapters(block, lora, "mask_lora", training.rank, training.alpha)
         except BaseException:
             self.undo()
             raise
-        self.parameters = [*self._direct, *(factor for adapter in self._adapters for factor in (adapter.a, adapter.b))]
+        self.parameters = [*self._direct, *self._adapters.parameters.values()]
         self.trainable = sum(param.numel() for param in self.parameters)
 
-    @contextmanager
-    def adapted(self) -> Iterator[None]:
-        """Let the block compute with its LoRAs while open."""
-        with ExitStack() as replaced:
-            for adapter in self._adapters:
-                replaced.enter_context(replaced_forward(adapter.layer, adapter.forward))
-            yield
+    def __enter__(self) -> TrainedBlock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.undo()
 
     def train(
         self,
         calls: Sequence[BlockCall],
         hidden: Sequence[Tensor],
         targets: Sequence[Tensor],
-        training: BlockTraining,
         *,
         scale: float,
         on_step: Callable[[], None],
@@ -148,16 +152,17 @@ class TrainedBlock:
         Raises:
             RetrainError: the loss became NaN or infinite.
         """
-        optimizer = torch.optim.AdamW(self.parameters, lr=training.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=training.steps))
+        training, dim = self.training, hidden_dim(self.block, hidden[0])
+        optimizer = torch.optim.AdamW(self.parameters, lr=1.0, weight_decay=0.0)  # LambdaLR multiplies by the rate
+        schedule = LambdaLR(optimizer, lr_lambda(Linear(training.learning_rate), training.steps))
         generator = torch.Generator().manual_seed(training.seed)
         order: list[int] = []
-        with self.adapted(), torch.enable_grad():
+        with torch.enable_grad():
             for step in range(1, training.steps + 1):
                 order = order or torch.randperm(len(hidden), generator=generator).tolist()
                 batch = order.pop()
                 output = run_block(self.block, calls[batch], hidden[batch], training.dtype)
-                loss = relative_errors(output, targets[batch]).mean() / scale
+                loss = relative_errors(output, targets[batch], dim).mean() / scale
                 if not math.isfinite(value := loss.item()):
                     raise RetrainError(
                         f"the error is {value} at step {step} of {training.steps}; a learning_rate below "
@@ -170,69 +175,27 @@ class TrainedBlock:
                 on_step()
 
     def keep(self) -> None:
-        """Merge the LoRAs into the weights; what is pruned stays exactly zero."""
-        merged = [adapter.merged() for adapter in self._adapters]
+        """Merge the LoRAs into the weights.
+
+        Raises:
+            RetrainError: a factor of a LoRA is NaN or infinite; nothing is merged.
+        """
+        assert self._adapters is not None
         with interrupt_after():
-            for adapter, weight in zip(self._adapters, merged, strict=True):
-                adapter.layer.weight.data = weight
+            self._adapters.merge()
             self._release()
 
     def undo(self) -> None:
-        """Put every parameter back as it was."""
+        """Put every parameter and every layer back as it was."""
         with interrupt_after():
+            if self._adapters is not None:
+                self._adapters.discard()
             for param, before in zip(self._direct, self._before, strict=True):
                 param.data = before
             self._release()
 
     def _release(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._held.close()
         for param, flag in self._requires_grad:
             param.requires_grad_(flag)
             param.grad = None
-
-
-class _Adapter:
-    """W + M ⊙ s·BA of one layer; A [rank, in] uniform as PEFT starts it, B [out, rank] zero."""
-
-    def __init__(self, layer: Any, rank: int, alpha: float, generator: torch.Generator) -> None:
-        self.layer = layer
-        self.transposed = isinstance(layer, Conv1D)
-        weight: Tensor = layer.weight
-        mask = mask_of(layer)
-        assert mask is not None
-        self.packed = pack_bits(mask.dense(weight.device).contiguous())
-        outputs, inputs = weight.shape[::-1] if self.transposed else weight.shape
-        start = torch.empty(rank, inputs)
-        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-        self.a = nn.Parameter(start.to(weight.device))
-        self.b = nn.Parameter(torch.zeros(outputs, rank, device=weight.device))
-        self.scale = alpha / rank
-
-    def forward(self, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Stands for the layer's own forward, which takes the input alone."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        layer = self.layer
-        return mask_lora(
-            x, layer.weight, self.packed, self.a, self.b, layer.bias, scale=self.scale, transposed=self.transposed
-        )
-
-    @torch.no_grad()
-    def merged(self) -> Tensor:
-        """The layer's weight with the update."""
-        up, down = self.b.detach() * self.scale, self.a.detach()
-        left, right = (down.t(), up.t()) if self.transposed else (up, down)
-        return effective_weight(self.layer.weight.detach(), self.packed, left, right)
-
-
-def _rate(step: int, *, steps: int) -> float:
-    """Share of the peak rate in the step after ``step`` done ones: up over a tenth of the steps, then down to 0."""
-    warmup = math.ceil(steps / 10)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return max(0.0, (steps - step) / max(1, steps - warmup))
-
-
-def _zero_gradient(pruned: Tensor, param: Tensor) -> None:
-    assert param.grad is not None
-    param.grad.masked_fill_(pruned, 0)

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from trisparse.retrain.batch_settings import batch_settings
+from trisparse.retrain.cycles_journal import CyclesJournal
 from trisparse.retrain.cycles_report import CycleReport, CyclesReport
+from trisparse.retrain.distillation import check_teacher
 from trisparse.retrain.freezing import FreezingCallback, GradualFreezing
-from trisparse.retrain.perp import PERPConfig, parameter_count, retrain
-from trisparse.retrain.processes import process_count
+from trisparse.retrain.perp import PERPConfig, autocast_dtype, check_grid, parameter_count, retrain, training_windows
+from trisparse.retrain.processes import chosen_sharding, process_count
 from trisparse.retrain.report import RetrainReport
+from trisparse.retrain.run_folder import checkpoints, run_identity
 from trisparse.retrain.sparsity_schedule import SCHEDULES, SparsitySchedule, pattern_schedule
 from trisparse.sparsity.calibration import PROPAGATE, Propagate
-from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.mask import HoldsMask, Mask, MaskError, attach, check_masks, detach, mask_of
 from trisparse.sparsity.metric import Method, Score, find_metric
@@ -47,8 +49,10 @@ class CyclesConfig:
         cycles: how many.
         schedule: "linear", "cubic" or "geometric", see :mod:`trisparse.retrain.sparsity_schedule`.
         method: as of :func:`trisparse.sparsity.sparsify.sparsify`.
-        retraining: of each cycle; the seed rises by one from cycle to cycle, and each has a folder of its own,
-            ``cycle-1`` and so on, in ``output_dir``.
+        retraining: of each cycle; the seed rises by one from cycle to cycle. In ``output_dir`` each has a folder of its
+            own, ``cycle-1`` and so on, for its checkpoints and what it ended with. With ``resume`` a run that was
+            killed goes on with the cycle it was in; calibration data is not compared then. A learning rate of "grid" is
+            chosen in each cycle.
         freezing: gradual freezing of the pruned layers in each cycle, or None.
         allow_collapse: go on where a layer is wholly pruned.
         include, exclude: of ``sparsify``.
@@ -85,10 +89,8 @@ class CyclesConfig:
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be {described}, got {getattr(self, name)!r}")
-        if self.retraining.learning_rate == "grid":
-            raise ValueError("retraining.learning_rate must be a number, got 'grid', which is for one retraining")
-        if self.retraining.resume:
-            raise ValueError("retraining.resume must be False, got True: cycles start anew")
+        if not self.retraining.merge:
+            raise ValueError("retraining.merge must be True, got False: a cycle prunes merged weights")
         if self.freezing is not None and process_count() > 1:
             raise ValueError(f"freezing must be None with {process_count()} processes: DDP waits for every gradient")
         groups = set(self.retraining.groups)
@@ -113,6 +115,7 @@ def prune_cycles(
     tokenizer: Any = None,
     calibration: Any = None,
     validation: Any = None,
+    teacher: Any = None,
     progress: bool = True,
 ) -> CyclesReport:
     """Prune a causal language model in place to ``target``, in cycles of pruning and retraining.
@@ -127,17 +130,21 @@ def prune_cycles(
         config: how.
         tokenizer: for text.
         calibration: for a method that needs data; by default ``data``.
-        validation: data whose perplexity is measured in each cycle.
+        validation: data whose perplexity is measured in each cycle, and by which a "grid" of learning rates is chosen.
+        teacher: the dense model to distil from while retraining; stays as it is.
         progress: show progress bars on stderr.
 
     Raises:
-        ValueError: an argument is wrong, or does not fit the others; nothing was changed.
+        ValueError: an argument is wrong or does not fit the others, or there is nothing to resume; nothing was changed.
         LayerCollapseError: a layer would be wholly pruned. Where ranks over all layers decide, this comes up in the
             cycle that would do it, and the model is as the cycle before left it.
         MaskError: a pruned weight is not zero.
         RetrainError: retraining failed. This and what else comes up later carries a note that says which cycle it was.
     """
     start = time.perf_counter()
+    own = config.retraining
+    chosen_sharding(own.sharding)
+    check_grid(own, validation)
     pattern = parse_pattern(target)
     find_metric(config.method, has_data=True)
     targets, present = _checked(model, pattern, config)
@@ -145,20 +152,38 @@ def prune_cycles(
     _check_nested(targets, patterns[0])
     if not config.allow_collapse:
         _check_sizes(targets, pattern)
-    windows, held_out = _windows(model, data, validation, config, tokenizer)
-    cycles = _Cycles(model, targets, windows, windows if calibration is None else calibration, tokenizer, config)
-    before = None if held_out is None else perplexity(model, held_out, seq_len=config.retraining.seq_len)
+    if teacher is not None:
+        check_teacher(teacher, model)
+    batch = batch_settings(own, parameter_count(model))
+    windows, held_out = training_windows(model, data, validation, own, batch, tokenizer, runs=config.cycles)
+    journal = None
+    if own.output_dir is not None:
+        identity = run_identity(own, batch, autocast_dtype(model, own), model, windows, teacher=teacher)
+        identity |= {name: str(value) for name, value in vars(config).items() if name != "retraining"}
+        journal = CyclesJournal(Path(own.output_dir), identity | {"target": str(pattern)})
+    calibration = windows if calibration is None else calibration
+    cycles = _Cycles(model, targets, windows, held_out, calibration, tokenizer, teacher, config)
     rows: list[CycleReport] = []
-    for number, step in enumerate(patterns, start=1):
+    goes_on = journal is not None and (own.resume is True or (own.resume == "auto" and journal.exists()))
+    if journal is not None and goes_on:
+        before, rows = journal.resume(model)
+    else:
+        before = None if held_out is None else perplexity(model, held_out, seq_len=own.seq_len)
+        if journal is not None:
+            journal.start(before)
+    resumed = len(rows) + 1 if goes_on else None
+    for number, step in list(enumerate(patterns, start=1))[len(rows) :]:
         try:
-            rows.append(cycles.run(number, step, held_out, progress=progress))
+            rows.append(cycles.run(number, step, resume=number == resumed, progress=progress))
+            if journal is not None:
+                journal.finish(model, rows[-1])
         except BaseException as error:
             error.add_note(f"prune_cycles stopped in cycle {number} of {config.cycles}, at {step}")
             raise
     return CyclesReport(
         target=str(pattern),
         schedule=config.schedule,
-        method=cycles.method,
+        method=rows[-1].method,
         start_sparsity=present,
         perplexity_before=before,
         seconds=time.perf_counter() - start,
@@ -174,31 +199,38 @@ class _Cycles:
         model: Any,
         targets: Sequence[Target],
         windows: Tensor,
+        held_out: Tensor | None,
         calibration: Any,
         tokenizer: Any,
+        teacher: Any,
         config: CyclesConfig,
     ) -> None:
-        self.model, self.targets, self.windows, self.calibration = model, targets, windows, calibration
-        self.tokenizer, self.config = tokenizer, config
+        self.model, self.targets, self.windows, self.held_out = model, targets, windows, held_out
+        self.calibration, self.tokenizer, self.teacher, self.config = calibration, tokenizer, teacher, config
         self.method = str(config.method)
 
-    def run(self, number: int, pattern: Pattern, held_out: Tensor | None, *, progress: bool) -> CycleReport:
-        """Prune to ``pattern``, measure, retrain, measure."""
+    def run(self, number: int, pattern: Pattern, *, resume: bool, progress: bool) -> CycleReport:
+        """Prune to ``pattern``, measure, retrain (from its last checkpoint, if it has one, to ``resume``), measure."""
         start = time.perf_counter()
         sparsity, collapsed = self._prune(number, pattern, progress=progress)
         pruned = time.perf_counter()
-        before = self._perplexity(held_out)
-        retraining, share = self._retrain(number, progress=progress)
+        before = self._perplexity()
+        retraining, share = self._retrain(number, resume=resume, progress=progress)
         return CycleReport(
             pattern=str(pattern),
+            method=self.method,
             sparsity=sparsity,
             first_loss=retraining.first_loss,
             last_loss=retraining.last_loss,
             perplexity_pruned=before,
-            perplexity=self._perplexity(held_out),
+            perplexity=self._perplexity(),
             pruning_seconds=pruned - start,
             retraining_seconds=retraining.seconds,
             trainable_share=share,
+            learning_rate=retraining.learning_rate,
+            missing=retraining.missing,
+            not_covered=retraining.not_covered,
+            skipped_steps=retraining.skipped_steps,
             collapsed=collapsed,
         )
 
@@ -237,21 +269,28 @@ class _Cycles:
                 raise MaskError(f"{name}: {pattern} would keep weights that were pruned before")
         return report.sparsity, collapsed
 
-    def _retrain(self, number: int, *, progress: bool) -> tuple[RetrainReport, float]:
-        own = self.config.retraining
+    def _retrain(self, number: int, *, resume: bool, progress: bool) -> tuple[RetrainReport, float]:
+        own, freezing = self.config.retraining, self.config.freezing
         folder = None if own.output_dir is None else Path(own.output_dir) / f"cycle-{number}"
-        config = replace(own, seed=own.seed + number - 1, output_dir=folder)
-        if self.config.freezing is None:
-            report = retrain(self.model, self.windows, config, progress=progress)
-            return report, report.trainable_share
-        callback = FreezingCallback(self.config.freezing, self.model)
-        report = retrain(self.model, self.windows, config, progress=progress, callbacks=[callback])
-        return report, callback.mean_trainable / report.total_parameters
+        goes_on = resume and folder is not None and bool(checkpoints(folder))
+        config = replace(own, seed=own.seed + number - 1, output_dir=folder, resume=goes_on)
+        callbacks = [] if freezing is None else [FreezingCallback(freezing, self.model)]
+        report = retrain(
+            self.model,
+            self.windows,
+            config,
+            validation=self.held_out if own.learning_rate == "grid" else None,
+            teacher=self.teacher,
+            progress=progress,
+            callbacks=callbacks,
+        )
+        share = callbacks[0].mean_trainable / report.total_parameters if callbacks else report.trainable_share
+        return report, share
 
-    def _perplexity(self, held_out: Tensor | None) -> float | None:
-        if held_out is None:
+    def _perplexity(self) -> float | None:
+        if self.held_out is None:
             return None
-        return perplexity(self.model, held_out, seq_len=self.config.retraining.seq_len)
+        return perplexity(self.model, self.held_out, seq_len=self.config.retraining.seq_len)
 
 
 def _checked(model: Any, pattern: Pattern, config: CyclesConfig) -> tuple[list[Target], float]:
@@ -335,27 +374,3 @@ def _restore(targets: Sequence[Target], weights: Sequence[Tensor], earlier: Mapp
         for target in targets:
             if (mask := earlier[target.name]) is not None:
                 attach(target.module, target.param, mask)
-
-
-def _windows(
-    model: Any, data: Any, validation: Any, config: CyclesConfig, tokenizer: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Windows to retrain on, [n, seq_len], and those to measure on."""
-    own = config.retraining
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and own.seq_len > longest:
-        raise ValueError(f"seq_len={own.seq_len} is more than the model's maximum of {longest} positions")
-    cut = {
-        "tokenizer": tokenizer,
-        "seq_len": own.seq_len,
-        "vocab_size": model.get_input_embeddings().weight.shape[0],
-    }
-    batch = batch_settings(own, parameter_count(model))
-    samples = config.cycles * own.steps * batch.windows * process_count()
-    windows = token_windows(data, samples=samples, seed=own.seed, **cut)
-    if len(windows) < batch.size:
-        raise ValueError(
-            f"data is shorter than one batch: {len(windows)} windows of seq_len={own.seq_len} tokens, and "
-            f"batch_size={batch.size}"
-        )
-    return windows, None if validation is None else token_windows(validation, **cut)

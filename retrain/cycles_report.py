@@ -17,15 +17,21 @@ class CycleReport:
 
     Attributes:
         pattern: that the cycle pruned to.
+        method: that it pruned by ("auto" resolved).
         sparsity: pruned share of the targets after it.
         first_loss, last_loss: training loss of the first and of the last step (nats per token).
         perplexity_pruned, perplexity: on the validation data before and after retraining; None without any.
         pruning_seconds, retraining_seconds: wall time of each.
         trainable_share: parameters that trained over the parameters of the model, on average over the steps.
+        learning_rate: the peak; the one chosen, of a grid.
+        missing: groups asked for that the model has nothing of.
+        not_covered: pruned parameters that no LoRA reaches, with the reason.
+        skipped_steps: steps whose fp16 gradients overflowed, which changed nothing.
         collapsed: layers that are wholly pruned, where that is allowed.
     """
 
     pattern: str
+    method: str
     sparsity: float
     first_loss: float
     last_loss: float
@@ -34,6 +40,10 @@ class CycleReport:
     pruning_seconds: float
     retraining_seconds: float
     trainable_share: float
+    learning_rate: float | None = None
+    missing: list[str] = field(default_factory=list)
+    not_covered: list[str] = field(default_factory=list)
+    skipped_steps: int = 0
     collapsed: list[str] = field(default_factory=list)
 
 
@@ -92,5 +102,14 @@ class CyclesReport:
             )
         before = "" if self.perplexity_before is None else f", perplexity before {self.perplexity_before:.2f}"
         total = f"{self.method} {self.target}, {self.schedule} schedule, {self.seconds:.1f} s{before}"
-        collapsed = [f"wholly pruned: {', '.join(c.collapsed)}" for c in self.cycles[-1:] if c.collapsed]
-        return as_text(table, total, *collapsed)
+        last, lines = self.cycles[-1], [total]
+        rates = [cycle.learning_rate for cycle in self.cycles]
+        if len(set(rates)) > 1:
+            lines.append(f"learning rates: {', '.join(f'{rate:g}' for rate in rates)}")
+        if last.collapsed:
+            lines.append(f"wholly pruned: {', '.join(last.collapsed)}")
+        if last.missing:
+            lines.append(f"missing: the model has no {', no '.join(last.missing)}")
+        if skipped := sum(cycle.skipped_steps for cycle in self.cycles):
+            lines.append(f"skipped: {skipped} steps, whose fp16 gradients overflowed")
+        return as_text(table, *lines, *(f"not covered: {line}" for line in last.not_covered))

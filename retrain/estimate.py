@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,10 +18,21 @@ from trisparse.kernels.cross_entropy import tokens_at_once
 from trisparse.retrain.batch_settings import BatchSettings, batch_settings
 from trisparse.retrain.distillation import check_teacher
 from trisparse.retrain.loop import autocast, random_state_kept, with_labels
-from trisparse.retrain.perp import PERPConfig, autocast_dtype, check_length, parameter_count, parameter_groups_for
-from trisparse.retrain.processes import process_count
+from trisparse.retrain.perp import (
+    PERPConfig,
+    autocast_dtype,
+    check_grid,
+    check_length,
+    parameter_count,
+    parameter_groups_for,
+)
+from trisparse.retrain.processes import chosen_sharding, process_count
 from trisparse.retrain.run import adapted_for
+from trisparse.retrain.sharding import training_device
 from trisparse.retrain.token_loss import lean_loss, takes_lean_loss
+from trisparse.sparsity.modes import training
+from trisparse.sparsity.report import as_text
+from trisparse.sparsity.targets import find_blocks
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class MemoryEstimate:
     - weights: of the model, its buffers, its adapters and the teacher.
     - gradients: one number for each that trains; twice with several processes (DDP's buckets).
     - optimizer: AdamW's two moments, two numbers for each that trains.
+    - with sharding "fsdp": of each of these the process's part. To the weights and the gradients come, whole, those
+      outside the blocks and of two blocks, the one that runs and the one that is gathered meanwhile.
     - activations: what autograd keeps of a forward, plus what the backward adds to it. Kept: c0 + batch · (c1·s +
       c2·s²) for windows of s tokens, by three forwards of 8, 16 and 32 tokens. c0 is the casts of the weights under
       autocast, c2 is attention that keeps its scores. The backward adds the fp32 logits of some tokens
@@ -116,24 +128,24 @@ class RetrainingPlan:
         for field in dataclasses.fields(self.memory):
             table.add_row(field.name, f"{getattr(self.memory, field.name) / 2**20:,.1f} MiB")
         table.add_row("memory", f"{self.memory.total / 2**20:,.1f} MiB on each device, estimated")
-        console = Console(width=110, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
+        return as_text(table, width=110)
 
 
-def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None) -> RetrainingPlan:
-    """What retraining ``model`` by ``config`` would do and take; the model is left as it was.
+def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None, validation: Any = None) -> RetrainingPlan:
+    """What retraining ``model`` by ``config`` would do and take; the model is left as it was, and nothing is written.
 
     Args:
         model: as of :func:`trisparse.retrain.perp.retrain`.
         config: likewise.
         teacher: likewise.
+        validation: likewise; it is not read, but a grid of learning rates needs one.
 
     Raises:
         ValueError: the model does not fit ``config``.
         MaskError: a pruned weight is not zero.
     """
+    config = dataclasses.replace(config, sharding=chosen_sharding(config.sharding))
+    check_grid(config, validation)
     groups = parameter_groups_for(model, config)
     check_length(model, config)
     dtype = autocast_dtype(model, config)
@@ -142,7 +154,7 @@ def retraining_plan(model: Any, config: PERPConfig, *, teacher: Any = None) -> R
     total = parameter_count(model)
     batch = batch_settings(config, total)
     with random_state_kept():
-        adapted = adapted_for(model, groups, config)
+        adapted = adapted_for(model, groups, config, trains=False)
         try:
             adapted.switch_cache_off()
             memory = _memory(adapted.module, model, config, batch, dtype, teacher)
@@ -169,7 +181,9 @@ def _memory(
     logits = 4 * tokens * vocabulary
     lean = takes_lean_loss(model)
     kept = _kept_bytes(model, batch.size, config.seq_len, dtype)
-    at_once = tokens_at_once(vocabulary, next(model.parameters()).device.type)
+    sharded = config.sharding == "fsdp"
+    device = training_device(model) if sharded else next(model.parameters()).device
+    at_once = tokens_at_once(vocabulary, device.type)
     of_loss = 4 * min(tokens, at_once) * vocabulary if lean else 2 * logits
     of_loss += 0 if teacher is None else 3 * logits
     activations = kept + of_loss
@@ -183,15 +197,35 @@ def _memory(
         freed = logits * itemsize // 4 if lean else logits
         in_flight = 2 * tokens * max(sizes, default=0) * itemsize
         activations = inputs + max(of_loss, (kept - inputs) / max(len(blocks), 1) + in_flight - freed)
+    models = [model] if teacher is None else [model, teacher]
+    if sharded:
+        buffers = sum(buffer.nbytes for held in models for buffer in held.buffers())
+        return MemoryEstimate(
+            weights=buffers + sum(_sharded_bytes(held) for held in models),
+            gradients=_sharded_bytes(model, trained=True),
+            optimizer=-(-2 * trained // process_count()),
+            activations=round(activations),
+        )
     return MemoryEstimate(
-        weights=_stored_bytes(model) + (0 if teacher is None else _stored_bytes(teacher)),
+        weights=sum(map(stored_bytes, models)),
         gradients=trained * (1 if process_count() == 1 else 2),
         optimizer=2 * trained,
         activations=round(activations),
     )
 
 
-def _stored_bytes(model: nn.Module) -> int:
+def _sharded_bytes(model: nn.Module, *, trained: bool = False) -> int:
+    """Bytes of parameters in a process's part and in what is gathered at a time; of those that train, if so asked."""
+
+    def size(module: nn.Module) -> int:
+        return sum(param.nbytes for param in module.parameters() if param.requires_grad or not trained)
+
+    blocks = sorted(size(block.module) for block in find_blocks(model))
+    everything = size(model)
+    return -(-everything // process_count()) + everything - sum(blocks) + sum(blocks[-2:])
+
+
+def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, a shared storage once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     return sum(storage.nbytes() for storage in storages.values())
@@ -204,10 +238,10 @@ def _kept_bytes(model: Any, rows: int, seq_len: int, dtype: torch.dtype | None) 
     longest = max(8, min(32, seq_len))
     probes = (longest // 4, longest // 2, longest)
     measured = []
-    with _training(model):
+    with training(model):
         for length in probes:
             ids = (torch.arange(length, device=device) % model.get_input_embeddings().weight.shape[0])[None]
-            with _counting(own) as kept, autocast(device, dtype), lean_loss(model):
+            with counting_saved(own) as kept, autocast(device, dtype), lean_loss(model):
                 loss = model(**with_labels(ids)).loss
             del loss
             measured.append(sum(kept.values()))
@@ -221,7 +255,7 @@ def _kept_bytes(model: Any, rows: int, seq_len: int, dtype: torch.dtype | None) 
 
 
 @contextmanager
-def _counting(own: set[int]) -> Iterator[dict[int, int]]:
+def counting_saved(own: set[int]) -> Iterator[dict[int, int]]:
     """Sizes of the storages that autograd saves inside, but for those in ``own``; each once."""
     kept: dict[int, int] = {}
 
@@ -233,14 +267,3 @@ def _counting(own: set[int]) -> Iterator[dict[int, int]]:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -11,7 +11,8 @@ from the table: they alone give its trainable shares for ResNet-50 (88.83, 70.95
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -56,6 +57,10 @@ class GradualFreezing:
         """Stage (1 .. stages) of the step after ``step`` done ones of ``steps``."""
         return step * self.stages // steps + 1
 
+    def steps(self, stage: int, steps: int) -> int:
+        """How many of ``steps`` steps are in ``stage`` (1 .. stages)."""
+        return -(-stage * steps // self.stages) - -(-(stage - 1) * steps // self.stages)
+
 
 class FreezingCallback(TrainerCallback):
     """Freezes and unfreezes the pruned layers of ``model`` while a Trainer runs; pass a new one to each ``retrain``.
@@ -65,6 +70,11 @@ class FreezingCallback(TrainerCallback):
     Args:
         freezing: which layers when.
         model: the model that ``retrain`` is called on, with its masks.
+
+    Attributes:
+        layers: names of the pruned layers.
+        mean_trainable: parameters that train, on average over all steps (the paper's aggregated trainable
+            parameters); known when the training begins, NaN before.
     """
 
     def __init__(self, freezing: GradualFreezing, model: nn.Module) -> None:
@@ -72,15 +82,12 @@ class FreezingCallback(TrainerCallback):
         self.model = model
         self.layers = pruned_layers(model)
         self._of_layer: list[list[nn.Parameter]] = []
-        self._always = 0
         self._stage = 0
-        self._sum = 0
-        self._steps = 0
+        self.mean_trainable = math.nan
 
-    @property
-    def mean_trainable(self) -> float:
-        """Parameters that trained, on average over the steps (the paper's aggregated trainable parameters)."""
-        return self._sum / self._steps
+    def identity(self) -> dict[str, Any]:
+        """What must be the same in a run that resumes another."""
+        return {"freezing": asdict(self.freezing)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sort what trains by layer; the optimizer holds all of it already.
@@ -95,14 +102,18 @@ class FreezingCallback(TrainerCallback):
         inside = {id(param) for params in self._of_layer for param in params}
         if not inside:
             raise ValueError("freezing has nothing to freeze: no pruned layer trains in these groups")
-        self._always = sum(param.numel() for _, param in trained if id(param) not in inside)
+        always = sum(param.numel() for _, param in trained if id(param) not in inside)
+        total = 0
         for stage in range(1, self.freezing.stages + 1):
             chosen = self.freezing.trained(len(self.layers), stage)
-            if not self._always and not any(self._of_layer[index] for index in chosen):
+            steps = self.freezing.steps(stage, state.max_steps)
+            total += steps * (always + sum(param.numel() for index in chosen for param in self._of_layer[index]))
+            if not always and not any(self._of_layer[index] for index in chosen):
                 raise ValueError(
                     f"freezing leaves nothing to train in stage {stage} of {self.freezing.stages}: add 'norms' or "
                     "'head' to the groups, which are never frozen"
                 )
+        self.mean_trainable = total / state.max_steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Freeze and unfreeze where a new stage begins."""
@@ -115,8 +126,6 @@ class FreezingCallback(TrainerCallback):
                     param.requires_grad_(index in chosen)
                     if index not in chosen:
                         param.grad = None
-        self._steps += 1
-        self._sum += self._always + sum(param.numel() for index in chosen for param in self._of_layer[index])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Unfreeze everything: what trained is checked and merged as usual."""

@@ -1,23 +1,18 @@
-"""Retrain every parameter with the masks held: full retraining, the costly method that PERP is measured against.
-
-The gradient of a pruned weight is set to zero as soon as it is there, so clipping does not count it, the moments of
-AdamW stay zero, and with them the weight; weight decay leaves a zero alone, too.
-"""
+"""Retrain every parameter with the masks held: full retraining, the costly method that PERP is measured against."""
 
 from __future__ import annotations
 
 import tempfile
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trisparse.kernels.bitmask import apply_bits, pack_bits
+from trisparse.retrain.held_masks import held_masks
 from trisparse.retrain.model_state import ModelState
 from trisparse.sparsity.interrupt import interrupt_after
-from trisparse.sparsity.mask import masks
 
 
 class FullWeights:
@@ -29,6 +24,7 @@ class FullWeights:
     Args:
         model: a model without compressed layers.
         folder: where the temporary file is made; the system's place for such files by default.
+        kept: False for a model that will not train, which then has no file.
 
     Attributes:
         module: the model, to train.
@@ -38,29 +34,23 @@ class FullWeights:
     module: nn.Module
     trainable: dict[str, int]
 
-    def __init__(self, model: Any, folder: str | Path | None = None) -> None:
+    def __init__(self, model: Any, folder: str | Path | None = None, *, kept: bool = True) -> None:
         self.module = model
         self._state = ModelState(model)
         self._params: list[tuple[nn.Parameter, torch.dtype]] = [(param, param.dtype) for param in model.parameters()]
-        self._hooks: list[Any] = []
-        if folder is not None:
+        self._held = ExitStack()
+        if kept and folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by merge or discard)
+        self._file = tempfile.TemporaryFile(dir=folder) if kept else None  # noqa: SIM115 (closed by merge or discard)
         try:
-            for param, _ in self._params:
-                self._file.write(_bytes(param.detach().cpu()))
-            self._file.flush()
+            if self._file is not None:
+                for param, _ in self._params:
+                    self._file.write(_bytes(param.detach().cpu()))
+                self._file.flush()
             for param, _ in self._params:
                 param.data = param.data.float()
                 param.requires_grad_(True)
-            for name, mask in masks(model).items():
-                param = model.get_parameter(name)
-                packed, cols = mask.bits, mask.cols
-                if mask.transposed:
-                    cols = param.shape[-1]
-                    packed = pack_bits(mask.dense().reshape(-1, cols).contiguous())
-                hook = partial(_zero_pruned, packed.to(param.device), cols)
-                self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+            self._held.enter_context(held_masks(model, model.parameters()))
         except BaseException:
             self.discard()
             raise
@@ -91,7 +81,10 @@ class FullWeights:
     def discard(self) -> None:
         """Put every weight back as it was."""
         with interrupt_after(), torch.no_grad():
-            if self._file.tell() == sum(param.numel() * dtype.itemsize for param, dtype in self._params):
+            if self._file is None:
+                for param, dtype in self._params:
+                    param.data = param.data.to(dtype)
+            elif self._file.tell() == sum(param.numel() * dtype.itemsize for param, dtype in self._params):
                 self._file.seek(0)
                 for param, dtype in self._params:
                     before = torch.empty(param.shape, dtype=dtype)
@@ -101,19 +94,12 @@ class FullWeights:
             self._release()
 
     def _release(self) -> None:
-        self._file.close()
-        for hook in self._hooks:
-            hook.remove()
+        if self._file is not None:
+            self._file.close()
+        self._held.close()
         self._state.restore()
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU; of another one, that of a copy."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _zero_pruned(packed: Tensor, cols: int, param: Tensor) -> None:
-    assert param.grad is not None
-    if not param.grad.is_contiguous():
-        param.grad = param.grad.contiguous()
-    apply_bits(param.grad.view(-1, cols), packed)

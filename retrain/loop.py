@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, default_data_collator
 
 from trisparse.retrain.distillation import divergence, teacher_logits
 from trisparse.retrain.loop_options import save_every
 from trisparse.retrain.processes import is_main_process, process_count
 from trisparse.retrain.run_folder import checkpoints, load_trained, save_trained, unmark
+from trisparse.retrain.sharded_trainer import ShardedTrainer
+from trisparse.retrain.sharding import first_not_finite, whole_parameters
 from trisparse.retrain.token_loss import lean_loss
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
@@ -136,7 +138,7 @@ class Watch(TrainerCallback):
         return f"; the last good checkpoint is {complete[-1]}" if complete else "; no checkpoint was written yet"
 
 
-class _Trainer(Trainer):
+class _Trainer(ShardedTrainer):
     """Trainer whose autocast is around the loss only, with a teacher, and exact checkpoints of what trains.
 
     accelerate's autocast wraps the model's forward and copies its output to fp32; for the logits of a batch that is
@@ -173,20 +175,21 @@ class _Trainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        for name in self.trained:
-            if not bool(torch.isfinite(self.adapted.get_parameter(name)).all()):
-                raise RetrainError(
-                    f"{name} is not finite after step {self.state.global_step}: no checkpoint was written, and the "
-                    "model is as it was before"
-                )
+        if name := first_not_finite((name, self.adapted.get_parameter(name)) for name in self.trained):
+            raise RetrainError(
+                f"{name} is not finite after step {self.state.global_step}: no checkpoint was written, and the "
+                "model is as it was before"
+            )
         if self.args.should_save:
             unmark(Path(str(self.args.output_dir)), self.state.global_step)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:  # the Trainer comes here on every process
-            save_trained(self.adapted, self.trained, Path(str(output_dir or self.args.output_dir)))
+        # not the Trainer's own: PEFT would add the weight under the head's adapter, and "full" has the model twice.
+        # The Trainer comes here on every process, and what is sharded takes all of them.
+        trained = whole_parameters(self.adapted, self.trained, keep=self.args.should_save)
+        if self.args.should_save:
+            save_trained(trained, Path(str(output_dir or self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.adapted, self.trained, Path(resume_from_checkpoint))
@@ -209,7 +212,7 @@ def trainer_for(
     dtype: torch.dtype | None,
     teacher: nn.Module | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Trainer:
+) -> ShardedTrainer:
     """A Trainer that runs ``config`` on ``windows`` [n, seq_len]; only what requires a gradient is optimised."""
     device = next(model.parameters()).device
     processes = process_count()
@@ -224,7 +227,8 @@ def trainer_for(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(config.steps * config.warmup_ratio),
+        # rounded down: a warm-up of one step has the rate 0, and would be all of a run of one step
+        warmup_steps=math.floor(config.steps * config.warmup_ratio),
         activation_checkpointing=config.gradient_checkpointing,
         # the reentrant kind gives no gradients where a block's input needs none, and the embedding is frozen
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
@@ -233,7 +237,7 @@ def trainer_for(
         fp16=scaled,  # accelerate's own autocast then, which comes with the scaler of the gradients
         use_cpu=device.type == "cpu",
         ddp_backend="gloo" if processes > 1 and device.type == "cpu" else None,
-        ddp_find_unused_parameters=False,  # every adapter is used in every forward
+        ddp_find_unused_parameters=False,  # everything that trains is used in every forward
         dataloader_pin_memory=device.type == "cuda",
         logging_strategy="steps",
         logging_steps=1,

@@ -14,6 +14,7 @@ section 3, and its published code for the last three, ``customLayers.py``).
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,23 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
+@dataclass
+class _AdapterLayers:
+    """The layers of one adapter on one model: PEFT merges layer by layer, and one that refuses must stop the first."""
+
+    names: set[str] = field(default_factory=set)
+    refusing: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, config: LoraConfig, name: str) -> _AdapterLayers:
+        """Those that ``config`` is making, with ``name`` among them; a name that comes again is another model's."""
+        found = getattr(config, "adapter_layers", None)
+        if found is None or name in found.names:
+            found = config.adapter_layers = cls()
+        found.names.add(name)
+        return found
+
+
 class VariantLora(nn.Module, LoraLayer):  # type: ignore[misc]
     """LoRA of one layer, of a variant that its config names.
 
@@ -55,7 +73,7 @@ class VariantLora(nn.Module, LoraLayer):  # type: ignore[misc]
         ValueError: a config without a variant, or an option that these layers do not implement.
     """
 
-    other_param_names = (*LoraLayer.other_param_names, "variant")
+    other_param_names = (*LoraLayer.other_param_names, "variant", "siblings")
     default_variant: str | None = None
     """Variant of a config that names none; None refuses such a config."""
     unmerged: Tensor | None
@@ -76,6 +94,7 @@ class VariantLora(nn.Module, LoraLayer):  # type: ignore[misc]
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.variant: dict[str, str] = {}
+        self.siblings: dict[str, _AdapterLayers] = {}
         self.register_buffer("unmerged", None, persistent=False)
         self._read_mask(str(kwargs.get("target_name", "a layer")))
         self._active_adapter = adapter_name
@@ -133,6 +152,10 @@ class VariantLora(nn.Module, LoraLayer):  # type: ignore[misc]
                 "or 'gaussian' (the others change the frozen weight)"
             )
         self.variant[adapter_name] = self._own_variant(variant)
+        name = str(kwargs.get("target_name", "a layer"))
+        self.siblings[adapter_name] = _AdapterLayers.of(config, name)
+        if self._fills_zeros(self.variant[adapter_name]):
+            self.siblings[adapter_name].refusing.append(name)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     @torch.no_grad()
@@ -188,8 +211,8 @@ class VariantLora(nn.Module, LoraLayer):  # type: ignore[misc]
         """Add adapters (all active ones by default) to the base weight; the mask stays as it is, bit for bit.
 
         Raises:
-            ValueError: the variant is "lora", whose sum with W has no zeros; or with ``safe_merge`` a merged weight is
-                not finite. The weight is as it was.
+            ValueError: the variant is "lora", whose sum with W has no zeros, here or in another layer of the adapter;
+                or with ``safe_merge`` a merged weight is not finite. The weight is as it was.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not new:
@@ -203,6 +226,12 @@ class VariantLora(nn.Module, LoraLayer):  # type: ignore[misc]
                 f"adapters {new} are of the variant 'lora': merged, they would fill the zeros of a weight pruned to "
                 f"{pattern}, so they stay separate (effective sparsity with them: "
                 f"{effective_sparsity(self).total:.2%}). Variants that can be merged: {', '.join(VARIANTS[1:])}"
+            )
+        if refusing := [name for adapter in new for name in self.siblings[adapter].refusing]:
+            raise ValueError(
+                f"adapters {new} are of the variant 'lora': merged, they would fill the zeros of {len(refusing)} "
+                f"pruned layers, such as {refusing[0]}, so no layer is merged. Variants that can be merged: "
+                f"{', '.join(VARIANTS[1:])}"
             )
         merged = self._merged(variant, *self._factors(adapters, variant))
         if safe_merge and not bool(torch.isfinite(merged).all()):

@@ -24,7 +24,7 @@ def choose_learning_rate(
             that is not finite means that the rate is too high, and its loss is None.
 
     Raises:
-        RetrainError: with no rate was there a loss.
+        RetrainError: with no rate was there a loss, or the loss is the same with every rate.
     """
     losses: dict[float, float | None] = {}
     for rate in rates:
@@ -33,10 +33,16 @@ def choose_learning_rate(
         except RetrainError:
             loss = math.nan
         losses[rate] = loss if math.isfinite(loss) else None
+    if distributed.is_available() and distributed.is_initialized():  # one decision, whatever the last bits are
+        shared = [losses]
+        distributed.broadcast_object_list(shared)
+        losses = shared[0]
     finite = {rate: loss for rate, loss in losses.items() if loss is not None}
     if not finite:
         raise RetrainError(f"no learning rate of {', '.join(f'{r:g}' for r in rates)} gave a finite validation loss")
-    best = [min(finite, key=lambda rate: (finite[rate], rate))]
-    if distributed.is_available() and distributed.is_initialized():  # one decision, whatever the last bits are
-        distributed.broadcast_object_list(best)
-    return best[0], losses
+    if len(finite) > 1 and len(set(finite.values())) == 1:
+        raise RetrainError(
+            f"the learning rates {', '.join(f'{r:g}' for r in finite)} all gave the validation loss "
+            f"{next(iter(finite.values())):g}, so none can be chosen: raise grid_steps, or the rates"
+        )
+    return min(finite, key=lambda rate: (finite[rate], rate)), losses

@@ -7,10 +7,9 @@ before, and every pruned weight is still zero. Full retraining with the masks he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +26,13 @@ from trisparse.retrain.loop_options import LEARNING_RATES, check_loop_options
 from trisparse.retrain.lora import fills_zeros
 from trisparse.retrain.lora_layer import VARIANTS, Variant
 from trisparse.retrain.lr_grid import choose_learning_rate
-from trisparse.retrain.processes import check_launcher, process_count
+from trisparse.retrain.precision import computing_dtype
+from trisparse.retrain.processes import Sharding, check_same_run, chosen_sharding, join, process_count
 from trisparse.retrain.report import RetrainReport
 from trisparse.retrain.run import Run
 from trisparse.retrain.run_folder import MarkComplete, last_checkpoint, run_identity
+from trisparse.retrain.sharding import check_can_shard, training_device
 from trisparse.sparsity.data import token_windows
-from trisparse.sparsity.hardware import bf16_is_fast
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import check_masks, masks
 from trisparse.sparsity.modes import evaluating
@@ -51,9 +51,10 @@ class PERPConfig:
         rank: rank of every LoRA.
         alpha: the LoRAs' scaling is s = alpha / rank; "scale_lora" has none.
         targets: names of the pruned layers that get a LoRA, shell-style patterns such as "q_proj" or "model.layers.0";
-            None is all.
+            None is all. The paper's Table 1 is ("q_proj", "v_proj"), which trains less than a third of that.
         merge: whether the adapters are merged in the end. False leaves them on the model, under which it stays frozen;
-            ``report.peft_model`` saves them. The variant "lora" demands it, unless whole rows are pruned.
+            ``report.peft_model.save_pretrained(folder, save_embedding_layers=False)`` saves them. The variant "lora"
+            demands it, unless whole rows are pruned.
         learning_rate: AdamW's peak; "grid" tries ``learning_rates`` and takes the one of the lowest validation loss.
         learning_rates: of the grid; by default the paper's.
         grid_steps: steps of each of its short runs, with a warm-up and a decay of their own.
@@ -71,12 +72,17 @@ class PERPConfig:
             alone); "auto" is bf16 where it is the faster one, or where the model is in bf16.
         output_dir: folder for the Trainer's checkpoints; none are written without it.
         save_steps: steps from one checkpoint to the next; None is a tenth of the steps. The last step has one too.
-        resume: go on from the last complete checkpoint of the same run in ``output_dir``.
+        save_total_limit: checkpoints of the run that stay, the last ones; None is all.
+        resume: go on from the last complete checkpoint of the same run in ``output_dir``; where there is none yet, True
+            raises and "auto" starts anew.
         guard_every: check after every so many steps that each pruned weight is zero; None only at the end.
         distillation_weight: α of the teacher's part of the loss, if there is a teacher; see
             :mod:`trisparse.retrain.distillation`.
         temperature: T of the same.
-        report_to: Trainer's integrations, such as ("wandb",) or ("tensorboard",).
+        report_to: Trainer's integrations, such as ("wandb",) or ("tensorboard",); some need ``output_dir``.
+        sharding: of several processes: "none" (DDP: each holds the whole model) or "fsdp" (FSDP2: each holds its part
+            of every weight, and blocks are gathered as they run; a model on the CPU trains on the process's GPU then,
+            if there is one). "accelerate launch --use_fsdp --fsdp_version 2" means "fsdp".
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -103,11 +109,13 @@ class PERPConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     output_dir: str | Path | None = None
     save_steps: int | None = None
-    resume: bool = False
+    save_total_limit: int | None = 2
+    resume: bool | Literal["auto"] = False
     guard_every: int | None = None
     distillation_weight: float = 0.5
     temperature: float = 2.0
     report_to: Sequence[str] = ()
+    sharding: Sharding = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", group_names(self.groups))
@@ -124,11 +132,6 @@ class PERPConfig:
             object.__setattr__(self, "targets", patterns)
         if not self.merge and "full" in self.groups:
             raise ValueError("merge must be True for groups='full', which has no adapters, got False")
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
-        number = not isinstance(self.alpha, bool) and isinstance(self.alpha, int | float) and math.isfinite(self.alpha)
-        if not number or self.alpha <= 0:
-            raise ValueError(f"alpha must be a number above 0, got {self.alpha!r}")
         check_loop_options(self)
         object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
         object.__setattr__(self, "report_to", tuple(self.report_to))
@@ -156,9 +159,10 @@ def retrain(
     input embedding gets a weight of its own when it is merged, as its LoRA changes the head alone
     (``tie_word_embeddings`` is False from then on; the report says so).
 
-    Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments and holds the whole
-    model; they share the windows of a step among them (DDP), end with the same weights, and the first one writes the
-    checkpoints.
+    Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments and the whole model;
+    they share the windows of a step among them (DDP), end with the same weights, and the first one writes the
+    checkpoints. With ``config.sharding`` "fsdp" the weights are split while training. If one process fails alone then,
+    the others' parts are lost to it, and a note on the exception says so.
 
     Args:
         model: a transformers causal language model with attached masks (:mod:`trisparse.sparsity.mask`), or compressed
@@ -170,27 +174,35 @@ def retrain(
         teacher: the dense model, on the same device, to distil from; stays as it is.
         progress: show a progress bar on stderr.
         callbacks: of the Trainer, such as :class:`trisparse.retrain.freezing.FreezingCallback`; not of the grid's
-            short runs.
+            short runs. What the method ``identity`` of one returns must be the same when a run resumes; one without
+            it is not compared.
 
     Raises:
         ValueError: the model, the data or the checkpoints do not fit ``config``.
         MaskError: a pruned weight is not zero.
         RetrainError: the loss, the gradient or a trained parameter became NaN or infinite.
     """
-    check_launcher()
+    config = replace(config, sharding=chosen_sharding(config.sharding))
+    sharded = config.sharding == "fsdp"
+    check_grid(config, validation)
     groups = parameter_groups_for(model, config)
     dtype = autocast_dtype(model, config)
     total = parameter_count(model)
     batch = batch_settings(config, total)
     if teacher is not None:
         check_teacher(teacher, model)
-    windows, held_out = _windows(model, data, validation, config, batch, tokenizer)
-    if config.learning_rate == "grid" and held_out is None:
-        raise ValueError("learning_rate='grid' chooses by the loss on validation data: pass validation")
-    identity = None
-    if config.output_dir is not None:
-        identity = run_identity(config, batch, model, windows, teacher=teacher is not None)
-    resume_from, chosen = last_checkpoint(Path(str(config.output_dir)), identity) if config.resume else (None, {})
+    windows, held_out = training_windows(model, data, validation, config, batch, tokenizer)
+    identity: dict[str, Any] = {}
+    if config.output_dir is not None or sharded:
+        identity = run_identity(config, batch, dtype, model, windows, teacher=teacher, callbacks=callbacks)
+    if sharded:
+        join(training_device(model))
+        check_same_run(identity)
+    resume_from: Path | None = None
+    chosen: dict[str, Any] = {}
+    if config.resume:
+        folder = Path(str(config.output_dir))
+        resume_from, chosen = last_checkpoint(folder, identity, required=config.resume is True)
     run = Run(model, groups, windows, held_out, config, batch, dtype, teacher, progress)
 
     with random_state_kept(), nullcontext() if teacher is None else evaluating(teacher):
@@ -199,7 +211,7 @@ def retrain(
         if chosen["learning_rate"] == "grid":
             rate, tried = choose_learning_rate(config.learning_rates, run.validation_loss_of)
             chosen = {"learning_rate": rate, "grid": list(tried.items())}
-        mark = () if config.output_dir is None else (MarkComplete(identity, chosen),)
+        mark = () if config.output_dir is None else (MarkComplete(identity, chosen, config.save_total_limit),)
         watch, memory, adapted, losses = run.train(
             config, chosen["learning_rate"], resume_from=resume_from, callbacks=(*callbacks, *mark)
         )
@@ -246,6 +258,13 @@ def parameter_groups_for(model: Any, config: PERPConfig) -> ParameterGroups:
         raise ValueError("model has no masks, and groups asks for 'lora': prune it first, or leave 'lora' out")
     check_masks(model)
     groups = parameter_groups(model)
+    if config.sharding == "fsdp":
+        if _compressed_layers(model):
+            raise ValueError(
+                "sharding='fsdp' splits parameters, and compressed layers hold buffers: decompress() the model first, "
+                "or leave it out (DDP)"
+            )
+        check_can_shard(model)
     if "full" in config.groups and _compressed_layers(model):
         raise ValueError("groups asks for 'full', and model holds compressed layers: decompress() it first")
     if "lora" in config.groups:
@@ -287,25 +306,28 @@ def autocast_dtype(model: Any, config: PERPConfig) -> torch.dtype | None:
     """The dtype to compute in under autocast, or None for the model's own fp32.
 
     Raises:
-        ValueError: fp32 or fp16 asked for a model in another dtype, fp16 off CUDA, or a model in fp16.
+        ValueError: fp32 or fp16 asked for a model in another dtype, fp16 off CUDA or sharded, or a model in fp16.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if config.sharding == "none" else training_device(model)
     dtypes = {param.dtype for param in model.parameters()} | {layer.values.dtype for layer in _compressed_layers(model)}
     if torch.float16 in dtypes:
         raise ValueError("model is in fp16, whose gradients underflow: load it in bf16 or fp32")
-    if torch.bfloat16 in dtypes:
-        if config.dtype in ("fp32", "fp16"):
-            raise ValueError(
-                f"dtype={config.dtype!r} needs a model in fp32, this one is in bf16: call model.float() first"
-            )
-        return torch.bfloat16
-    if config.dtype == "fp16":
-        if device.type != "cuda":
-            raise ValueError(f"dtype='fp16' needs a model on CUDA, this one is on {device}: take 'bf16' or 'fp32'")
-        return torch.float16
-    if config.dtype == "bf16" or (config.dtype == "auto" and bf16_is_fast(device)):
-        return torch.bfloat16
-    return None
+    if torch.bfloat16 in dtypes and config.dtype in ("fp32", "fp16"):
+        raise ValueError(f"dtype={config.dtype!r} needs a model in fp32, this one is in bf16: call model.float() first")
+    if config.dtype == "fp16" and config.sharding == "fsdp":
+        raise ValueError(
+            "dtype='fp16' scales the gradients, and with sharding='fsdp' a process sees the overflows of its part "
+            "alone: take 'bf16'"
+        )
+    if config.dtype == "fp16" and device.type != "cuda":
+        raise ValueError(f"dtype='fp16' needs a model on CUDA, this one is on {device}: take 'bf16' or 'fp32'")
+    return computing_dtype(config.dtype, device, dtypes)
+
+
+def check_grid(config: PERPConfig, validation: Any) -> None:
+    """Raise a ValueError where the learning rate is to be chosen by a loss that is not measured."""
+    if config.learning_rate == "grid" and validation is None:
+        raise ValueError("learning_rate='grid' chooses by the loss on validation data: pass validation")
 
 
 def check_length(model: Any, config: PERPConfig) -> None:
@@ -315,12 +337,24 @@ def check_length(model: Any, config: PERPConfig) -> None:
         raise ValueError(f"seq_len={config.seq_len} is more than the model's maximum of {longest} positions")
 
 
-def _windows(
-    model: Any, data: Any, validation: Any, config: PERPConfig, batch: BatchSettings, tokenizer: Any
+def training_windows(
+    model: Any,
+    data: Any,
+    validation: Any,
+    config: PERPConfig,
+    batch: BatchSettings,
+    tokenizer: Any,
+    *,
+    runs: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Windows to train on, [n, seq_len], as many as ``runs`` runs of ``config`` read, and those to measure on.
+
+    Raises:
+        ValueError: windows longer than the model's context, or fewer than one batch.
+    """
     check_length(model, config)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    samples = config.steps * batch.windows * process_count()
+    samples = runs * config.steps * batch.windows * process_count()
     cut = {"tokenizer": tokenizer, "seq_len": config.seq_len, "vocab_size": vocabulary}
     windows = token_windows(data, samples=samples, seed=config.seed, **cut)
     if len(windows) < batch.size:

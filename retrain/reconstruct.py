@@ -4,10 +4,11 @@
 
 x_i is what the reconstructed blocks before it give. ``targets`` says what t_i is:
 
-- ``"dense"``: the dense model's own hidden states behind block i, so that a block also makes up for what the ones
-  before it left over;
 - ``"sparse"``: the dense block's output for x_i, the objective of SparseGPT (Frantar & Alistarh 2023, section 3.1) and
-  of PERP's layer-wise reconstruction (Zimmer et al. 2023, https://arxiv.org/abs/2312.15230v3).
+  of PERP's layer-wise reconstruction (Zimmer et al. 2023, https://arxiv.org/abs/2312.15230v3, and its published code,
+  ``prune_methods.py``, which takes the plain mean of the squares instead of the error relative to each token);
+- ``"dense"``: the dense model's own hidden states behind block i, so that a block also makes up for what the ones
+  before it left over.
 
 Only one block has gradients and optimizer state at a time. In memory are the model, one dense block, three sets of
 hidden states of the calibration data (fp32), and the activations of one block for one batch.
@@ -25,21 +26,28 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from trisparse.retrain.block_training import BlockTraining, TrainedBlock, in_fp32, relative_errors, run_block
+from trisparse.retrain.block_training import (
+    BlockTraining,
+    TrainedBlock,
+    hidden_dim,
+    in_fp32,
+    relative_errors,
+    run_block,
+)
 from trisparse.retrain.dense_weights import DenseWeights, holding
-from trisparse.retrain.groups import ParameterGroups, head_of, parameter_groups
+from trisparse.retrain.groups import ParameterGroups, group_names, head_of, parameter_groups
 from trisparse.retrain.loop import RetrainError
+from trisparse.retrain.precision import computing_dtype
 from trisparse.retrain.reconstruct_report import BlockReport, ReconstructReport
 from trisparse.retrain.report import PeakMemory
 from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
 from trisparse.sparsity.capture import Batch, BlockCall, BlocksNotChainedError, capture, probe
-from trisparse.sparsity.hardware import bf16_is_fast
 from trisparse.sparsity.mask import HoldsMask, check_masks, masks
 from trisparse.sparsity.modes import evaluating
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.targets import Block, find_blocks, is_peft_wrapped
 
-BlockTargets = Literal["dense", "sparse"]
+BlockTargets = Literal["sparse", "dense"]
 _TARGETS: tuple[str, ...] = get_args(BlockTargets)
 OnStep = Callable[[], None]
 _GROUPS = ("biases", "norms", "lora", "full")
@@ -53,7 +61,7 @@ class ReconstructConfig:
     Attributes:
         groups: which of "biases", "norms" and "lora" (W + M ⊙ s·BA on every pruned linear of the block) train, or
             "full" alone: every parameter of the block, the pruned ones under their masks.
-        targets: "dense" or "sparse", see the module.
+        targets: "sparse" (the paper's) or "dense", see the module.
         rank: rank of every LoRA.
         alpha: the LoRAs' scaling is s = alpha / rank.
         learning_rate: AdamW's peak, after a tenth of the steps; it falls linearly to 0. "full" wants about a tenth of
@@ -71,7 +79,7 @@ class ReconstructConfig:
     """
 
     groups: Sequence[str] = ("biases", "norms", "lora")
-    targets: BlockTargets = "dense"
+    targets: BlockTargets = "sparse"
     rank: int = 16
     alpha: float = 32
     learning_rate: float = 5e-3
@@ -83,11 +91,7 @@ class ReconstructConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups, str) or not self.groups or set(self.groups) - set(_GROUPS):
-            raise ValueError(f"groups must be one or more of {', '.join(_GROUPS)}, got {self.groups!r}")
-        object.__setattr__(self, "groups", tuple(group for group in _GROUPS if group in self.groups))
-        if "full" in self.groups and len(self.groups) > 1:
-            raise ValueError(f"groups 'full' trains everything in a block: give it alone, got {self.groups!r}")
+        object.__setattr__(self, "groups", group_names(self.groups, presets={}, allowed=_GROUPS))
         for name, allowed in (("targets", _TARGETS), ("dtype", _DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -140,7 +144,7 @@ def reconstruct(
             to where the model was reconstructed; no block is left half done.
     """
     start = time.perf_counter()
-    blocks, groups = _checked(model, config)
+    blocks, groups, missing = _checked(model, config)
     weights = DenseWeights(dense, model)
     inside = {block.name: [f"{block.name}.{name}" for name, _ in block.module.named_parameters()] for block in blocks}
     head = head_of(model)  # it may have been untied from the embedding since, and does not matter here
@@ -161,9 +165,8 @@ def reconstruct(
     bar = progress_bar("reconstruction", len(blocks) * config.steps, enabled=progress)
     with evaluating(model), torch.no_grad(), PeakMemory(device) as memory, bar as advance:
         calls, hidden, wanted = _captured(model, blocks, batches, weights, inside)
-        training = BlockTraining(
-            config.steps, config.learning_rate, config.rank, config.alpha, config.seed, _autocast_dtype(model, config)
-        )
+        dtype = computing_dtype(config.dtype, device, {param.dtype for param in model.parameters()})
+        training = BlockTraining(config.steps, config.learning_rate, config.rank, config.alpha, config.seed, dtype)
         reconstruction = _Reconstruction(
             weights, groups, config, training, hidden, wanted if config.targets == "dense" else None
         )
@@ -184,6 +187,7 @@ def reconstruct(
         peak_memory_bytes=memory.bytes,
         total_parameters=sum(param.numel() for param in model.parameters()),
         blocks=rows,
+        missing=missing,
         not_covered=list(groups.not_covered) if "lora" in config.groups else [],
     )
 
@@ -227,7 +231,7 @@ class _Reconstruction:
         kept = leaving is not None
         if leaving is None:
             leaving = self._outputs(block.module, calls)
-        after = _mean_error(leaving, targets)
+        after = self._mean_error(block.module, leaving, targets)
         self.hidden = leaving
         return BlockReport(block.name, trainable, before, after, time.perf_counter() - start, kept)
 
@@ -243,17 +247,13 @@ class _Reconstruction:
     ) -> tuple[int, list[Tensor] | None]:
         """Train the block; returns how many parameters did, and what leaves the block if it is the better for it."""
         original = {name: param.data for name, param in block.module.named_parameters()}
-        trained = None
         try:
-            with in_fp32(block.module):
-                trained = TrainedBlock(block.module, direct, lora, self.training)
-                trained.train(calls, self.hidden, targets, self.training, scale=before, on_step=on_step)
+            with in_fp32(block.module), TrainedBlock(block.module, direct, lora, self.training) as trained:
+                trained.train(calls, self.hidden, targets, scale=before, on_step=on_step)
                 trained.keep()
             leaving = self._outputs(block.module, calls)
-            kept = _mean_error(leaving, targets) < before
+            kept = self._mean_error(block.module, leaving, targets) < before
         except BaseException:
-            if trained is not None:
-                trained.undo()
             _put_back(block.module, original)
             raise
         if kept:
@@ -283,13 +283,13 @@ class _Reconstruction:
 
     def _error(self, block: nn.Module, calls: Sequence[BlockCall], targets: Sequence[Tensor]) -> float:
         outputs = (self._output(block, *pair) for pair in zip(calls, self.hidden, strict=True))
-        return _mean_error(outputs, targets)
+        return self._mean_error(block, outputs, targets)
 
-
-def _mean_error(outputs: Iterable[Tensor], targets: Sequence[Tensor]) -> float:
-    """Mean relative error over the tokens of all batches."""
-    errors = [relative_errors(output, target) for output, target in zip(outputs, targets, strict=True)]
-    return sum(float(e.sum(dtype=torch.float64)) for e in errors) / sum(e.numel() for e in errors)
+    def _mean_error(self, block: nn.Module, outputs: Iterable[Tensor], targets: Sequence[Tensor]) -> float:
+        """Mean relative error over the tokens of all batches."""
+        dim = hidden_dim(block, targets[0])
+        errors = [relative_errors(output, target, dim) for output, target in zip(outputs, targets, strict=True)]
+        return sum(float(e.sum(dtype=torch.float64)) for e in errors) / sum(e.numel() for e in errors)
 
 
 def _put_back(block: nn.Module, original: Mapping[str, Tensor]) -> None:
@@ -328,8 +328,8 @@ def _captured(
         return calls, hidden, capture(model, blocks, batches, chain)[1]
 
 
-def _checked(model: nn.Module, config: ReconstructConfig) -> tuple[list[Block], ParameterGroups]:
-    """The blocks of ``model`` and its groups; see :func:`reconstruct` for what raises."""
+def _checked(model: nn.Module, config: ReconstructConfig) -> tuple[list[Block], ParameterGroups, list[str]]:
+    """The blocks of ``model``, its groups and those that the blocks lack; :func:`reconstruct` says what raises."""
     if is_peft_wrapped(model):
         raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
     if any(param.is_meta for param in model.parameters()):
@@ -355,15 +355,9 @@ def _checked(model: nn.Module, config: ReconstructConfig) -> tuple[list[Block], 
         if first != name and any(n.startswith(f"{block.name}.") for block in blocks for n in (first, name)):
             raise ValueError(f"{name} is shared with {first}: a block that trains would change another")
     groups = parameter_groups(model)
-    if "full" not in config.groups:
-        members = {"biases": groups.biases, "norms": groups.norms, "lora": groups.lora}
-        if not any(name.startswith(f"{block.name}.") for g in config.groups for name in members[g] for block in blocks):
-            raise ValueError(f"model has nothing to train in groups={tuple(config.groups)} inside its blocks")
-    return blocks, groups
-
-
-def _autocast_dtype(model: nn.Module, config: ReconstructConfig) -> torch.dtype | None:
-    if config.dtype != "auto":
-        return torch.bfloat16 if config.dtype == "bf16" else None
-    half = any(param.dtype == torch.bfloat16 for param in model.parameters())
-    return torch.bfloat16 if half or bf16_is_fast(next(model.parameters()).device) else None
+    members = {"biases": groups.biases, "norms": groups.norms, "lora": groups.lora, "full": groups.full}
+    inside = tuple(f"{block.name}." for block in blocks)
+    missing = [group for group in config.groups if not any(name.startswith(inside) for name in members[group])]
+    if len(missing) == len(config.groups):
+        raise ValueError(f"model has nothing to train in groups={tuple(config.groups)} inside its blocks")
+    return blocks, groups, missing

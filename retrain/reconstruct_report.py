@@ -43,6 +43,7 @@ class ReconstructReport:
         peak_memory_bytes: see :class:`trisparse.retrain.report.PeakMemory`.
         total_parameters: parameters of the model, a shared one counted once.
         blocks: one row a block, in order.
+        missing: groups asked for that the blocks have nothing of.
         not_covered: pruned parameters of the blocks that no LoRA reaches, each with the reason.
     """
 
@@ -53,6 +54,7 @@ class ReconstructReport:
     peak_memory_bytes: int
     total_parameters: int
     blocks: list[BlockReport] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     not_covered: list[str] = field(default_factory=list)
 
     @property
@@ -92,4 +94,5 @@ class ReconstructReport:
             f"{', '.join(self.groups)} on {self.samples:,} samples in {self.seconds:.1f} s: mean error "
             f"{self.error_before:.4g} -> {self.error_after:.4g}, peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB"
         )
-        return as_text(table, total, *(f"not covered: {line}" for line in self.not_covered))
+        missing = [f"missing: the blocks have no {', no '.join(self.missing)}"] if self.missing else []
+        return as_text(table, total, *missing, *(f"not covered: {line}" for line in self.not_covered))

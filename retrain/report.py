@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from rich.console import Console
 from rich.table import Table
+
+from trisparse.sparsity.report import as_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -73,7 +74,8 @@ class RetrainReport:
         not_covered: pruned parameters that no LoRA reaches, with the reason.
         effective_sparsity: of the pruned parameters, adapters that are not merged counted as kept
             (:func:`trisparse.retrain.effective_sparsity.effective_sparsity`); None without masks.
-        validation_loss: loss on the validation data before and after, if any was given.
+        validation_loss: loss on the validation data before and after, if any was given; the latter with what was
+            trained in fp32, before a half-precision model is rounded.
         learning_rate: the peak.
         grid: validation loss of each learning rate that was tried, None where it diverged; None without a grid.
         batch: windows per forward, forwards per step, processes.
@@ -167,7 +169,4 @@ class RetrainReport:
             table.add_row("effective sparsity", f"{self.effective_sparsity:.2%}")
         for line in self.not_covered:
             table.add_row("not covered", line)
-        console = Console(width=110, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
+        return as_text(table, width=110)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +17,23 @@ from trisparse.retrain.batch_settings import BatchSettings
 from trisparse.retrain.full import FullWeights
 from trisparse.retrain.groups import ParameterGroups
 from trisparse.retrain.guard import MaskGuard
+from trisparse.retrain.held_masks import held_masks
 from trisparse.retrain.loop import RetrainError, Watch, mean_loss, trainer_for
+from trisparse.retrain.processes import launcher_alone
 from trisparse.retrain.report import PeakMemory
+from trisparse.retrain.sharding import Shards, accelerate_left_out, training_device
 from trisparse.sparsity.mask import check_masks
 
 if TYPE_CHECKING:
     from trisparse.retrain.perp import PERPConfig
 
 
-def adapted_for(model: Any, groups: ParameterGroups, config: PERPConfig) -> Adapted | FullWeights:
-    """``model`` made ready to train ``config.groups``."""
+def adapted_for(
+    model: Any, groups: ParameterGroups, config: PERPConfig, *, trains: bool = True
+) -> Adapted | FullWeights:
+    """``model`` made ready to train ``config.groups``; with ``trains`` False for a look at it, which writes nothing."""
     if "full" in config.groups:
-        return FullWeights(model, config.output_dir)
+        return FullWeights(model, config.output_dir, kept=trains)
     return Adapted(model, groups, tuple(config.groups), config.rank, config.alpha, config.variant)
 
 
@@ -67,27 +72,29 @@ class Run:
         temporary = tempfile.TemporaryDirectory(prefix="trisparse-") if config.output_dir is None else nullcontext()
         try:
             adapted.switch_cache_off()
-            losses = self._loss(adapted)
-            with watch, temporary as folder, PeakMemory(next(self.model.parameters()).device) as memory:
-                trainer = trainer_for(
-                    adapted.module,
-                    self.windows,
-                    config,
-                    watch,
-                    batch=self.batch,
-                    learning_rate=learning_rate,
-                    folder=folder or str(config.output_dir),
-                    dtype=self.dtype,
-                    teacher=self.teacher,
-                    callbacks=(*callbacks, MaskGuard(self.model, config.guard_every)),
-                )
-                trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+            with self._split(adapted):
+                losses = self._loss(adapted)
+                memory = PeakMemory(next(self.model.parameters()).device)
+                with launcher_alone(), watch, temporary as folder, memory:
+                    trainer = trainer_for(
+                        adapted.module,
+                        self.windows,
+                        config,
+                        watch,
+                        batch=self.batch,
+                        learning_rate=learning_rate,
+                        folder=folder or str(config.output_dir),
+                        dtype=self.dtype,
+                        teacher=self.teacher,
+                        callbacks=(*callbacks, MaskGuard(self.model, config.guard_every)),
+                    )
+                    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+                if config.merge:
+                    adapted.as_merged()
+                losses += self._loss(adapted)
             if broken := adapted.first_not_finite():
                 raise RetrainError(f"{broken} is not finite after step {config.steps}; the model is as it was before")
             check_masks(self.model)
-            if config.merge:
-                adapted.as_merged()
-            losses += self._loss(adapted)
         except BaseException:
             adapted.discard()
             raise
@@ -101,6 +108,19 @@ class Run:
         _, _, adapted, losses = self.train(short, learning_rate)
         adapted.discard()
         return losses[-1]
+
+    @contextmanager
+    def _split(self, adapted: Adapted | FullWeights) -> Iterator[None]:
+        """Inside, the processes share the weights among them, the teacher's too, if the config asks for it."""
+        if self.config.sharding == "none":
+            yield
+            return
+        device = training_device(self.model)
+        teacher = nullcontext() if self.teacher is None else Shards(self.teacher, device)
+        with accelerate_left_out(), teacher, Shards(adapted.module, device), ExitStack() as held:
+            if isinstance(adapted, FullWeights):  # again: the parameters are others now
+                held.enter_context(held_masks(self.model, self.model.parameters()))
+            yield
 
     def _loss(self, adapted: Adapted | FullWeights) -> list[float]:
         if self.held_out is None:

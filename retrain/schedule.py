@@ -153,7 +153,7 @@ class LRW:
 class SLR:
     """Scaled learning-rate restarting: the whole original in T_rt epochs, after a warm-up (Le & Hua 2021, figure 1c).
 
-    With w = ⌈warmup_ratio · steps⌉: η_min + (η_max - η_min) · step / w while step < w, then the original at the share
+    With w = ⌊warmup_ratio · steps⌋: η_min + (η_max - η_min) · step / w while step < w, then the original at the share
     (step - w) / (steps - w) of its length. A warm-up of the original's own counts as η_max, as there is one already.
 
     Attributes:
@@ -182,7 +182,7 @@ class SLR:
 class CLR:
     """Cyclic learning-rate restarting: one cycle of warm-up and cosine decay (Le & Hua 2021, figure 1d).
 
-    With w = ⌈warmup_ratio · steps⌉: η_min + (η_max - η_min) · step / w while step < w, then
+    With w = ⌊warmup_ratio · steps⌋: η_min + (η_max - η_min) · step / w while step < w, then
     η_min + (η_max - η_min) · (1 + cos(π (step - w) / (steps - w))) / 2.
 
     Attributes:
@@ -210,7 +210,7 @@ class CLR:
 class Linear:
     """Linear with warm-up, as for language models (PERP, section 2.3) and as transformers defines it.
 
-    With w = ⌈warmup_ratio · steps⌉: peak · step / w while step < w, then peak · (steps - step) / (steps - w).
+    With w = ⌊warmup_ratio · steps⌋: peak · step / w while step < w, then peak · (steps - step) / (steps - w).
 
     Attributes:
         peak: the rate after the warm-up.
@@ -335,7 +335,7 @@ def _between(low: float, high: float, part: int, whole: int) -> float:
 
 def _warmup_steps(step: int, steps: int, ratio: float) -> int:
     _check_step(step, steps)
-    return math.ceil(steps * ratio)
+    return math.floor(steps * ratio)
 
 
 def _check_step(step: int, steps: int) -> None:

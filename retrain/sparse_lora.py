@@ -15,11 +15,9 @@ from trisparse.kernels.bitmask import apply_bits
 from trisparse.kernels.compressed import CompressedWeight
 from trisparse.kernels.linear import MAX_RANK
 from trisparse.kernels.masked_lora import effective_weight
-from trisparse.retrain.lora_layer import VARIANTS, VariantLora
+from trisparse.retrain.lora_layer import VariantLora
 from trisparse.retrain.masked_product import decompress, masked_product
 from trisparse.sparsity.linear import SparseLinear
-
-__all__ = ["VARIANTS", "SparseLoraLinear"]
 
 
 class SparseLoraLinear(VariantLora):

@@ -7,7 +7,6 @@ batch norms' statistics are recalibrated at the end, when the weights are final.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +17,17 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from trisparse.retrain.batchnorm import batch_norms, recalibrate
+from trisparse.retrain.groups import VISION_PRESETS, group_names
 from trisparse.retrain.images import LabelledBatches, batches_of, check_labels, labels_of
+from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.retrain.loop import RetrainError, Watch, autocast, random_state_kept
 from trisparse.retrain.lora import fills_zeros
 from trisparse.retrain.lora_layer import VARIANTS, Variant
+from trisparse.retrain.precision import computing_dtype
+from trisparse.retrain.processes import check_launcher, process_count
 from trisparse.retrain.schedule import Linear, Schedule
-from trisparse.retrain.vision_groups import GROUPS, PRESETS, VisionGroups, logits_of, vision_groups
+from trisparse.retrain.vision_groups import VisionGroups, logits_of, vision_groups
 from trisparse.retrain.vision_loop import train
-from trisparse.retrain.vision_lora import LayerAdapters
 from trisparse.retrain.vision_report import VisionReport
 from trisparse.sparsity.mask import HoldsMask, check_masks
 from trisparse.sparsity.modes import evaluating
@@ -79,18 +81,9 @@ class VisionConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups, str):
-            if self.groups not in PRESETS:
-                raise ValueError(
-                    f"groups must be one of {', '.join(PRESETS)}, or a sequence of {', '.join(GROUPS)}, "
-                    f"got {self.groups!r}"
-                )
-        elif not self.groups or set(self.groups) - set(GROUPS):
-            raise ValueError(f"groups must be one or more of {', '.join(GROUPS)}, got {self.groups!r}")
-        elif "full" in self.groups and len(set(self.groups)) > 1:
-            raise ValueError(f"groups must be 'full' alone, which holds the others, got {self.groups!r}")
-        else:  # the order of GROUPS, each once
-            object.__setattr__(self, "groups", tuple(group for group in GROUPS if group in self.groups))
+        names = group_names(self.groups, VISION_PRESETS)
+        if not isinstance(self.groups, str):  # a preset may lack some of its groups, names are all wanted
+            object.__setattr__(self, "groups", names)
         if not isinstance(self.schedule, Schedule):
             raise ValueError(f"schedule must be a Schedule such as Linear(0.1), got {self.schedule!r}")
         if self.variant not in VARIANTS:
@@ -130,6 +123,10 @@ def retrain_vision(
     What can be seen to be wrong with the arguments raises before anything changes, and a failure or an interrupt
     while training leaves the model as it was, but for ``.grad``, which is cleared. Modes and flags are put back.
 
+    Under ``torchrun`` every process calls this with the same arguments and holds the whole model. They share the
+    batches among them (DDP) and end with the same weights and the same statistics: recalibrated over all the data, or
+    the first process's, as DDP has it in every forward.
+
     Args:
         model: maps pixel values [batch, channels, height, width], its first argument, to logits [batch, classes]: a
             tensor, an output with ``logits`` such as that of transformers' image classifiers, or a tuple.
@@ -143,13 +140,16 @@ def retrain_vision(
         MaskError: a pruned weight is not zero.
         RetrainError: the loss, the gradient or a trained parameter became NaN or infinite.
     """
+    check_launcher()
     _check(model)
     batches = batches_of(data, config.batch_size, train=True, seed=config.seed, num_workers=config.num_workers)
     held_out = None if validation is None else _held_out(validation, config)
+    device = _device(model)
+    dtype = computing_dtype(config.dtype, device)
     norms = batch_norms(model)
     if config.groups == "bn-recalibrate" and not norms:
         raise ValueError("groups='bn-recalibrate' needs a batch norm with running statistics, the model has none")
-    with random_state_kept(), autocast(_device(model), _autocast_dtype(config)):
+    with random_state_kept(), autocast(device, dtype):
         groups = vision_groups(model, _names(config), next(batches.images()))
     if config.variant == "lora" and (full := [name for name in groups.lora if fills_zeros(model.get_submodule(name))]):
         raise ValueError(
@@ -163,8 +163,8 @@ def retrain_vision(
         if (labels := labels_of(part)) is not None:
             check_labels(labels, groups.classes)
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets it; they share the batches among them
-    steps = config.epochs * -(-len(batches) // processes) if groups.trained else 0
+    # several processes share the batches among them
+    steps = config.epochs * -(-len(batches) // process_count()) if groups.trained else 0
     watch = Watch(steps, progress=progress and steps > 0)
     accuracies = []
     with random_state_kept(), _restored_on_failure(model, groups):
@@ -176,11 +176,11 @@ def retrain_vision(
             trained.update(adapters.parameters)
             if steps:
                 with watch:
-                    train(model, trained, batches, config, watch, steps=steps, dtype=_autocast_dtype(config))
+                    train(model, trained, batches, config, watch, steps=steps, dtype=dtype)
             adapters.merge()
             recalibrated = 0
             if config.recalibrate and norms:
-                with autocast(_device(model), _autocast_dtype(config)):
+                with autocast(device, dtype):
                     recalibrated = recalibrate(model, batches.images())
             _check_finite(model, groups, steps)
             if held_out is not None:
@@ -223,7 +223,7 @@ def accuracy(model: nn.Module, data: Any, *, batch_size: int = 256) -> float:
 def _accuracy(model: nn.Module, batches: LabelledBatches, config: VisionConfig = _DEFAULT) -> float:
     device = _device(model)
     right = total = 0
-    with evaluating(model), autocast(device, _autocast_dtype(config)):
+    with evaluating(model), autocast(device, computing_dtype(config.dtype, device)):
         for batch in batches:
             logits = logits_of(model(batch["pixel_values"].to(device)))
             check_labels(batch["labels"], logits.shape[1])
@@ -242,10 +242,6 @@ def _names(config: VisionConfig) -> str | tuple[str, ...]:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _autocast_dtype(config: VisionConfig) -> torch.dtype | None:
-    return torch.bfloat16 if config.dtype == "bf16" else None
 
 
 def _check(model: nn.Module) -> None:

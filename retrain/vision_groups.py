@@ -8,20 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trisparse.retrain.groups import is_norm, parameter_groups
+from trisparse.retrain.groups import GROUPS, VISION_PRESETS, group_names, is_norm, parameter_groups
 from trisparse.sparsity.modes import evaluating
-
-GROUPS = ("biases", "norms", "head", "lora", "full")
-
-# Each holds those before it, as in the paper, where updating the norms updates the biases, too.
-PRESETS: dict[str, tuple[str, ...]] = {
-    "bn-recalibrate": (),
-    "biases": ("biases",),
-    "norms": ("biases", "norms"),
-    "linear-probing": ("biases", "norms", "head"),
-    "perp": ("biases", "norms", "head", "lora"),
-    "full": ("full",),
-}
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -59,7 +47,7 @@ def vision_groups(model: nn.Module, groups: str | tuple[str, ...], images: Tenso
 
     Args:
         model: maps pixel values to logits [batch, classes].
-        groups: a name in ``PRESETS``, or names in ``GROUPS``.
+        groups: a name in ``VISION_PRESETS``, or names in ``GROUPS``.
         images: any of the data.
 
     Raises:
@@ -78,7 +66,7 @@ def vision_groups(model: nn.Module, groups: str | tuple[str, ...], images: Tenso
     pruned = parameter_groups(model)
     lora = tuple(name for name in pruned.lora if name != head)
     preset = isinstance(groups, str)
-    wanted = PRESETS[groups] if isinstance(groups, str) else groups
+    wanted = group_names(groups, VISION_PRESETS)
     missing = tuple(group for group in wanted if not (lora if group == "lora" else members[group]))
     if missing and (not preset or wanted[-1] in missing):
         has = ", ".join(group for group in GROUPS if (lora if group == "lora" else members[group]))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from trisparse.retrain.held_masks import held_masks
 from trisparse.retrain.images import LabelledBatches
 from trisparse.retrain.loop import Watch, autocast
+from trisparse.retrain.processes import launcher_alone
 from trisparse.retrain.schedule import lr_lambda
 from trisparse.retrain.vision_groups import logits_of
-from trisparse.sparsity.mask import masks
 
 if TYPE_CHECKING:
     from trisparse.retrain.vision import VisionConfig
@@ -68,7 +68,8 @@ def train(
         weight_decay=config.weight_decay,
     )
     device = next(model.parameters()).device
-    with tempfile.TemporaryDirectory(prefix="trisparse-") as folder, _masks_held(model, trained, optimizer):
+    temporary = tempfile.TemporaryDirectory(prefix="trisparse-")
+    with launcher_alone(), temporary as folder, held_masks(model, trained.values()):
         args = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
@@ -91,22 +92,11 @@ def train(
         trainer.batches, trainer.autocast_dtype = batches, dtype
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    _same_buffers(model)
 
 
-@contextlib.contextmanager
-def _masks_held(model: nn.Module, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Zero the pruned weights among ``trained`` after every step of ``optimizer``."""
-    pruned = [
-        (trained[name], ~mask.dense(trained[name].device)) for name, mask in masks(model).items() if name in trained
-    ]
-
-    @torch.no_grad()
-    def zero(*_: Any) -> None:
-        for param, gone in pruned:
-            param.masked_fill_(gone, 0)
-
-    hook = optimizer.register_step_post_hook(zero)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _same_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of the first: DDP does so before a forward, and after the last they differ."""
+    if distributed.is_available() and distributed.is_initialized():
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, src=0)

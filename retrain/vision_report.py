@@ -65,6 +65,8 @@ class VisionReport:
         table.add_row("recalibrated", f"{self.recalibrated} batch norms")
         if self.missing:
             table.add_row("not in the model", ", ".join(self.missing))
+        for line in self.not_covered:
+            table.add_row("not covered", line)
         if self.accuracy is not None:
             table.add_row("accuracy", "{:.2%} -> {:.2%}".format(*self.accuracy))
         return as_text(table)

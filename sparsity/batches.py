@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from trisparse.sparsity.capture import Batch
@@ -27,6 +28,7 @@ def calibration_batches(
     seed: int = 0,
     in_one: bool = False,
     rows: int | None = None,
+    device: torch.device | None = None,
 ) -> list[Batch]:
     """Micro-batches on the model's device.
 
@@ -37,11 +39,12 @@ def calibration_batches(
         tokenizer, samples, seq_len, seed: as in ``sparsify``.
         in_one: put all windows into one batch.
         rows: windows of a batch, all batches alike; None takes about 4,096 tokens.
+        device: another device than the model's, which may be on the meta device.
 
     Raises:
         ValueError: no, empty or too short data, ids outside the vocabulary, or text without a tokenizer.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     extra = {"use_cache": False} if accepts(model, "use_cache") else {}
     config = getattr(model, "config", None)
     vocab_size = getattr(config, "vocab_size", None)
@@ -81,6 +84,18 @@ def batch_size(batch: Batch) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 0)
 
 
+def batches_sha256(batches: Sequence[Batch]) -> str:
+    """One hash over the names and values of all batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            shown = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            digest.update(f"{name} {shown}\n".encode())
+            if isinstance(value, Tensor):
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def is_padded(batch: Batch) -> bool:
     """Whether the batch has an attention mask with zeros."""
     mask = batch.get("attention_mask")
@@ -88,7 +103,10 @@ def is_padded(batch: Batch) -> bool:
 
 
 def _is_batches(data: Any) -> bool:
-    if data is None or isinstance(data, str | Tensor | Dataset | IterableDataset) or not isinstance(data, Iterable):
+    if data is None or isinstance(data, str | Tensor) or not isinstance(data, Iterable):
+        return False
+    datasets = sys.modules.get("datasets")  # importing it takes 80 MB; who passes a dataset has done so
+    if datasets is not None and isinstance(data, datasets.Dataset | datasets.IterableDataset):
         return False
     return not (isinstance(data, list | tuple) and any(isinstance(item, str) for item in data))
 

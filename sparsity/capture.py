@@ -115,15 +115,22 @@ def probe(model: nn.Module, stacks: Mapping[int, Sequence[Block]], batch: Batch)
 
 
 def capture(
-    model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], chain: Chain
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    chain: Chain,
+    *,
+    enter: Callable[[Tensor], None] | None = None,
 ) -> tuple[list[list[BlockCall]], list[Tensor]]:
     """Record every call of ``blocks``.
 
     Returns:
-        The calls, [block][micro-batch], and the hidden states that enter the first block, one for each batch.
+        The calls, [block][micro-batch], and the hidden states that enter the first block, one for each batch (none if
+        ``enter`` takes them as they come).
     """
     calls: list[list[BlockCall]] = [[] for _ in blocks]
     entering: list[Tensor] = []
+    keep = entering.append if enter is None else enter
 
     def record(index: int, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         slot = _slot(args, kwargs)
@@ -139,7 +146,7 @@ def capture(
             del call.kwargs[slot]
         calls[index].append(_shared(call, calls[index][0]) if calls[index] else call)
         if index == 0:
-            entering.append(hidden)
+            keep(hidden)
         if index + 1 == len(blocks):
             raise _LastBlockReached
         if not chain.passes_through:

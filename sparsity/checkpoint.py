@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from trisparse.sparsity.progress import quiet_transformers
 
 INFO_FILE = "trisparse.json"
 MASKS_FILE = "trisparse_masks.safetensors"
+ADAPTERS_FILE = "trisparse_adapters.json"  # of a folder of adapters, see retrain/adapter_folder.py
 _WEIGHTS_FILE = "model.safetensors"  # of models that are not transformers'
 _FORMAT_VERSION = 1
 
@@ -42,7 +44,7 @@ def save(
 
     Args:
         model: a transformers model (opens with ``from_pretrained``) or any module (opens with ``load(path, into=)``).
-        path: a new folder, an empty one, or an earlier checkpoint of ours, which is replaced with all that it holds.
+        path: a new folder, an empty one, or an earlier result of ours, which is replaced with all that it holds.
         tokenizer: saved alongside.
         recipe: what was done to the model, step by step; JSON values.
 
@@ -56,27 +58,9 @@ def save(
         raise ValueError("model is compressed, and a checkpoint holds dense weights so far: decompress(model) it first")
     check_masks(model)
     found = masks(model)
-    info = {
-        "version": _FORMAT_VERSION,
-        "trisparse": version("trisparse"),
-        "model_class": type(model).__name__,
-        "masks_sha256": masks_sha256(model),
-        "targets": {
-            name: {
-                "pattern": str(mask.pattern),
-                "shape": list(mask.shape),
-                "cols": mask.cols,
-                "transposed": mask.transposed,
-                "kept": mask.kept,
-            }
-            for name, mask in found.items()
-        },
-        "recipe": [dict(step) for step in recipe],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    unfinished.chmod(0o755)  # mkdtemp's folders are private
-    try:
+    entries = {name: mask_entry(mask) for name, mask in found.items()}
+    info = checkpoint_info(type(model).__name__, entries, masks_sha256(model), recipe)
+    with replaced_folder(path) as unfinished:
         with quiet_transformers():
             if isinstance(model, PreTrainedModel):
                 model.save_pretrained(unfinished)
@@ -86,6 +70,17 @@ def save(
                 tokenizer.save_pretrained(unfinished)
         save_file({name: mask.bits for name, mask in found.items()}, unfinished / MASKS_FILE)
         (unfinished / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
+    return path
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path`` to write into, which takes its place in the end: whole, or after an error not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    unfinished.chmod(0o755)  # mkdtemp's folders are private
+    try:
+        yield unfinished
         if path.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
             path.rename(replaced / "old")
@@ -100,17 +95,43 @@ def save(
             unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return path
+
+
+def mask_entry(mask: Mask) -> dict[str, Any]:
+    """What ``trisparse.json`` says of a mask."""
+    return {
+        "pattern": str(mask.pattern),
+        "shape": list(mask.shape),
+        "cols": mask.cols,
+        "transposed": mask.transposed,
+        "kept": mask.kept,
+    }
+
+
+def checkpoint_info(
+    model_class: str, entries: Mapping[str, Mapping[str, Any]], sha256: str, recipe: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Content of ``trisparse.json``: ``entries`` are the masks' (:func:`mask_entry`), ``sha256`` is over all of them."""
+    return {
+        "version": _FORMAT_VERSION,
+        "trisparse": version("trisparse"),
+        "model_class": model_class,
+        "masks_sha256": sha256,
+        "targets": dict(entries),
+        "recipe": [dict(step) for step in recipe],
+    }
 
 
 def check_output(path: str | Path) -> None:
     """Check that :func:`save` may write to ``path``.
 
     Raises:
-        ValueError: it exists and is neither an empty folder nor a checkpoint of ours.
+        ValueError: it exists and is neither an empty folder nor a checkpoint or a folder of adapters of ours.
     """
     path = Path(path)
-    if not path.exists() or (path / INFO_FILE).is_file() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or any((path / name).is_file() for name in (INFO_FILE, ADAPTERS_FILE)):
+        return
+    if path.is_dir() and not any(path.iterdir()):
         return
     raise ValueError(f"output folder {path} exists and is not a trisparse checkpoint: choose another, or remove it")
 
@@ -166,6 +187,11 @@ def read_info(path: str | Path) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text())
     except FileNotFoundError:
+        if (Path(path) / ADAPTERS_FILE).is_file():
+            raise CheckpointError(
+                f"{path} holds adapters and not a whole model: trisparse.retrain.adapter_folder.load_adapted_model("
+                "path) puts them on theirs"
+            ) from None
         raise CheckpointError(f"{path} is not a trisparse checkpoint: it has no {INFO_FILE}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error

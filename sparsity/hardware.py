@@ -45,11 +45,32 @@ def keep_freed_memory() -> bool:
     Returns:
         True when both thresholds were taken. False off glibc, and on an old glibc that caps the first.
     """
+    # Not `and`: the second setting helps without the first.
+    return all([_set_malloc(_M_MMAP_THRESHOLD, 2**30), _set_malloc(_M_TRIM_THRESHOLD, 2**31 - 1)])
+
+
+def free_memory_at_once() -> bool:
+    """Let this process give every larger tensor's memory back when it is freed, the contrary of keep_freed_memory.
+
+    For a process that must stay small: holes in the heap between tensors of many sizes would add to its peak. Tensors
+    up to 8 MB, most activations of a small model, still come from the heap.
+
+    Returns:
+        True when both thresholds were taken. False off glibc.
+    """
+    return all([_set_malloc(_M_MMAP_THRESHOLD, 2**23), _set_malloc(_M_TRIM_THRESHOLD, 2**23)])
+
+
+def _set_malloc(parameter: int, value: int) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
     mallopt.restype = ctypes.c_int
-    # mallopt returns 1 where it took the value. Not `and`: the second setting helps without the first.
-    taken = [mallopt(_M_MMAP_THRESHOLD, 2**30), mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)]
-    return all(result == 1 for result in taken)
+    return bool(mallopt(parameter, value) == 1)  # mallopt returns 1 where it took the value
+
+
+def return_freed_memory() -> None:
+    """Give the memory that was freed, and lies between what is in use, back to the system now (glibc only)."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -152,9 +153,14 @@ def masks(model: nn.Module) -> dict[str, Mask]:
 
 def masks_sha256(model: nn.Module) -> str:
     """One hash over the names and bits of all masks of ``model``."""
+    return combined_sha256({name: mask.sha256 for name, mask in masks(model).items()})
+
+
+def combined_sha256(hashes: Mapping[str, str]) -> str:
+    """One hash over the names and the hashes of masks."""
     digest = hashlib.sha256()
-    for name, mask in sorted(masks(model).items()):
-        digest.update(f"{name} {mask.sha256}\n".encode())
+    for name, one in sorted(hashes.items()):
+        digest.update(f"{name} {one}\n".encode())
     return digest.hexdigest()
 
 
@@ -169,7 +175,9 @@ def check_masks(model: nn.Module) -> None:
         owner, _, param = name.rpartition(".")
         if isinstance(model.get_submodule(owner), HoldsMask):
             continue
-        weight = model.get_submodule(owner).get_parameter(param)
+        weight = model.get_submodule(owner).get_parameter(param).detach()
+        if hasattr(weight, "full_tensor"):  # split over processes (a DTensor): one at a time, on all of them
+            weight = weight.full_tensor()
         if weight.shape != mask.shape:
             broken.append(f"{name}: shape {tuple(weight.shape)}, mask {tuple(mask.shape)}")
         elif alive := int(((weight != 0) & ~mask.dense(weight.device)).sum()):

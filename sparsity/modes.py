@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, with every module's own mode put back."""
+"""Evaluation or training mode for a while, with every module's own mode put back."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from torch import nn
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in eval mode while open; each module's own flag comes back, also where they differ."""
+    with training(model, mode=False):
+        yield
+
+
+@contextmanager
+def training(model: nn.Module, *, mode: bool = True) -> Iterator[None]:
+    """Put ``model`` in training mode (or the other ``mode``) while open, likewise."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(mode)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, own in modes:
+            module.training = own

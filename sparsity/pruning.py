@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trisparse.kernels.launch import by_kernel
+from trisparse.sparsity.hessian import Factor
 from trisparse.sparsity.interrupt import interrupt_after
-from trisparse.sparsity.mask import Mask, attach, mask_of
-from trisparse.sparsity.metric import Metric, Score
+from trisparse.sparsity.mask import Mask, attach, from_matrix, mask_of
+from trisparse.sparsity.metric import SPARSEGPT, Metric, Score
+from trisparse.sparsity.obs import Update, prune_and_update, update_kept
 from trisparse.sparsity.pattern import Pattern, Rows, Unstructured
 from trisparse.sparsity.progress import Advance
 from trisparse.sparsity.report import TargetReport
@@ -25,8 +28,18 @@ if TYPE_CHECKING:
     from trisparse.sparsity.gradient_statistics import GradientStatistics
 
 
+@dataclass(frozen=True)
+class _Pruned:
+    """The mask of a target and, where its weights were updated, their new values and the damping that it took."""
+
+    mask: Mask
+    seconds: float
+    weight: Tensor | None = None
+    damping: float | None = None
+
+
 class Pruning:
-    """Turns statistics into masks and attaches them, a block at a time.
+    """Turns statistics into masks, and updated weights where asked, and attaches them, a block at a time.
 
     ``allocated`` has the pattern of each target by name, where an allocation gave them patterns of their own.
     """
@@ -38,15 +51,19 @@ class Pruning:
         seed: int,
         gradients: GradientStatistics | None,
         allocated: Mapping[str, Pattern] | None = None,
+        update: Update | None = None,
+        damping: float = 0.01,
     ) -> None:
         self.pattern = pattern
         self.allocated = allocated
         self.metric = metric
         self.seed = seed
         self.gradients = gradients
+        self.update = update
+        self.damping = damping
         self.rows: list[TargetReport] = []
         self.unreached: list[Skipped] = []
-        self._on_use: dict[str, tuple[Mask, float]] = {}
+        self._on_use: dict[str, _Pruned] = {}
 
     def pattern_of(self, target: Target) -> Pattern:
         """The pattern that ``target`` is pruned to."""
@@ -56,14 +73,13 @@ class Pruning:
         """Select the masks of all of ``group``, then attach them."""
         chosen = []
         for target in self._reached(group, statistics):
-            if target.name in self._on_use:
-                mask, seconds = self._on_use.pop(target.name)
-            else:
-                mask, seconds = self._select(target, statistics.rms(target) if statistics else None)
-            chosen.append((target, mask, seconds, _note(target, statistics)))
+            pruned = self._on_use.pop(target.name, None) or self._prune(target, statistics)
+            chosen.append((target, pruned, _note(target, statistics)))
+        if statistics is not None:
+            statistics.forget_hessians()
         with interrupt_after():
-            for target, mask, seconds, note in chosen:
-                self._attach(target, mask, seconds, note)
+            for target, pruned, note in chosen:
+                self._attach(target, pruned, note)
 
     def prune_together(self, steps: Iterable[tuple[list[Target], InputStatistics | None]], advance: Advance) -> None:
         """Measure everything, then select all masks under one budget and attach them."""
@@ -78,18 +94,20 @@ class Pruning:
             return
         start = time.perf_counter()
         new = all(mask_of(target.module, target.param) is None for target, _, _ in members)
-        scores = [self._scores(target, x, fused=new) for target, x, _ in members]
+        scores = [self._scores(target, x, self._generator(target), fused=new) for target, x, _ in members]
         assert isinstance(self.pattern, Unstructured)
         chosen = select_over_all([target for target, _, _ in members], scores, self.pattern)
         seconds = (time.perf_counter() - start) / len(members)
         with interrupt_after():
             for (target, _, note), mask in zip(members, chosen, strict=True):
-                self._attach(target, mask, seconds, note)
+                self._attach(target, _Pruned(mask, seconds), note)
 
-    def select_on_use(self, target: Target, x: Tensor) -> Tensor:
-        """Select while a block runs; the mask is attached with its block."""
-        self._on_use[target.name] = self._select(target, x)
-        return self._on_use[target.name][0].dense(target.weight.device)
+    def prune_on_use(self, target: Target, statistics: InputStatistics) -> Tensor:
+        """The pruned weight while a block runs; it is attached with its block."""
+        pruned = self._on_use[target.name] = self._prune(target, statistics)
+        if pruned.weight is not None:
+            return pruned.weight
+        return target.weight.detach().masked_fill(~pruned.mask.dense(target.weight.device), 0)
 
     def _reached(self, group: Sequence[Target], statistics: InputStatistics | None) -> Iterator[Target]:
         for target in group:
@@ -102,23 +120,77 @@ class Pruning:
                 continue
             self.unreached.append(Skipped(target.name, tuple(target.weight.shape), reason))
 
-    def _select(self, target: Target, x: Tensor | None) -> tuple[Mask, float]:
+    def _prune(self, target: Target, statistics: InputStatistics | None) -> _Pruned:
         start = time.perf_counter()
-        mask = select(target, self._scores(target, x), self.pattern_of(target))
-        return mask, time.perf_counter() - start
+        x = statistics.rms(target) if statistics else None
+        generator = self._generator(target)
+        if self.update is None:
+            mask = select(target, self._scores(target, x, generator), self.pattern_of(target))
+            return _Pruned(mask, time.perf_counter() - start)
+        assert statistics is not None
+        assert x is not None
+        self._check_inputs(target, x)
+        mask, weight, damping = self._updated(target, x, statistics.factors(target, self.damping), generator)
+        return _Pruned(mask, time.perf_counter() - start, weight, damping)
 
-    def _scores(self, target: Target, x: Tensor | None, *, fused: bool = True) -> list[Score]:
+    def _updated(
+        self, target: Target, x: Tensor, factors: Sequence[Factor], generator: torch.Generator
+    ) -> tuple[Mask, Tensor, float]:
+        """The mask, the updated parameter in its own dtype, and the greatest damping of its parts."""
+        weight, pattern = target.weight, self.pattern_of(target)
+        matrix = target.matrix().to(torch.float32, copy=True)
+        parts = list(matrix.chunk(target.parts))
+        if self.update == "sequential":
+            mask = select(target, self._scores(target, x, generator), pattern)
+            update_kept(parts, factors, mask.matrix(weight.device).chunk(target.parts))
+        else:
+            own = self.metric is SPARSEGPT
+            if own:
+                x = torch.stack([1 / factor.upper.diagonal() for factor in factors])
+                for part, factor in zip(parts, factors, strict=True):
+                    part.masked_fill_(factor.dead, 0)
+            keeps = prune_and_update(
+                parts,
+                factors,
+                pattern,
+                lambda: self._scores(target, x, generator, updated=parts),
+                by_group=own,
+                forced=mask_of(target.module, target.param) is not None,
+            )
+            keep = keeps[0] if len(keeps) == 1 else torch.cat(keeps)
+            mask = Mask.from_matrix(keep, weight.shape, pattern, transposed=target.transposed)
+        new = from_matrix(matrix.to(weight.dtype), weight.shape, transposed=target.transposed)
+        if not bool(torch.isfinite(new).all()):
+            raise ValueError(f"{target.name} cannot be updated: a weight overflows {weight.dtype}")
+        return mask, new, max(factor.damping for factor in factors)
+
+    def _generator(self, target: Target) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed} {target.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def _check_inputs(self, target: Target, x: Tensor | None) -> None:
         if x is not None and not torch.isfinite(x).all():
             raise ValueError(f"the inputs of {target.name} overflow on the calibration data")
-        pattern = self.pattern_of(target)
-        digest = hashlib.sha256(f"{self.seed} {target.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        parts = target.matrix().chunk(target.parts)
+
+    def _scores(
+        self,
+        target: Target,
+        x: Tensor | None,
+        generator: torch.Generator,
+        *,
+        fused: bool = True,
+        updated: Sequence[Tensor] | None = None,
+    ) -> list[Score]:
+        """Scores of the parts of ``target``, or of their weights as ``updated`` so far."""
+        self._check_inputs(target, x)
+        parts = target.matrix().chunk(target.parts) if updated is None else updated
         xs = [None] * target.parts if x is None else list(x)
         gs = self._gradient_parts(target)
         earlier = mask_of(target.module, target.param)
         # Kernels select by the metric itself, unless scores are changed below.
-        fused = fused and by_kernel(target.weight) and earlier is None and not isinstance(pattern, Rows)
+        pattern = self.pattern_of(target)
+        fused = fused and updated is None and by_kernel(target.weight) and earlier is None
+        fused = fused and not isinstance(pattern, Rows)
         try:
             scores = [self.metric.score(w, x, g, generator, fused=fused) for w, x, g in zip(parts, xs, gs, strict=True)]
         except ValueError as error:
@@ -133,14 +205,16 @@ class Pruning:
         # the weight itself is 0.
         kept = None if earlier is None else earlier.matrix(target.weight.device).chunk(target.parts)
         if kept is not None and (
-            not scores[0].absolute
+            updated is not None
+            or not scores[0].absolute
             or scores[0].x is not None
             or any(bool(((w == 0) & part).any()) for w, part in zip(parts, kept, strict=True))
         ):
+            before = parts if updated is None else target.matrix().chunk(target.parts)
             least = 0.0 if isinstance(pattern, Rows) else -torch.inf  # rows are ranked by a norm
             scores = [
                 Score(score.materialise().masked_fill(~part & (w == 0), least), absolute=False)
-                for score, part, w in zip(scores, kept, parts, strict=True)
+                for score, part, w in zip(scores, kept, before, strict=True)
             ]
         return scores
 
@@ -150,13 +224,26 @@ class Pruning:
             return [None] * target.parts
         return list(norm.chunk(target.parts))
 
-    def _attach(self, target: Target, mask: Mask, seconds: float, note: str) -> None:
+    def _attach(self, target: Target, pruned: _Pruned, note: str) -> None:
+        if pruned.weight is not None:
+            with torch.no_grad():
+                target.weight.copy_(pruned.weight)
+        mask = pruned.mask
         attach(target.module, target.param, mask)
+        if pruned.damping is not None and pruned.damping > self.damping:
+            grown = f"its Hessian took a damping of {pruned.damping:g}"
+            note = f"{note}; {grown}" if note else grown
         shape = tuple(mask.shape)
         total = mask.shape.numel()
-        self.rows.append(TargetReport(target.name, shape, str(mask.pattern), mask.kept, total, seconds, note))
+        row = TargetReport(
+            target.name, shape, str(mask.pattern), mask.kept, total, pruned.seconds, note, damping=pruned.damping
+        )
+        self.rows.append(row)
 
 
 def _note(target: Target, statistics: InputStatistics | None) -> str:
     unreached = statistics.unreached_parts(target) if statistics else 0
-    return f"{unreached} of {target.parts} experts saw no calibration token: their X is 1" if unreached else ""
+    if not unreached or statistics is None:
+        return ""
+    also = " and their Hessian the identity" if statistics.has_hessians else ""
+    return f"{unreached} of {target.parts} experts saw no calibration token: their X is 1{also}"

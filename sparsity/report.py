@@ -9,18 +9,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from trisparse.sparsity.mask import masks
+from trisparse.sparsity.targets import Skipped
 
 DENSE_BY_ALLOCATION = "dense by allocation"
 
 
 @dataclass(frozen=True)
 class TargetReport:
-    """One pruned weight; ``seconds`` is the time of scoring and selecting it, ``note`` is empty or a warning."""
+    """One pruned weight; ``seconds`` is the time of scoring and selecting it, ``note`` is empty or a warning.
+
+    ``damping`` is that of an OBS update, as a share of the mean of the Hessian's diagonal; None without an update.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -29,6 +34,7 @@ class TargetReport:
     total: int
     seconds: float = 0.0
     note: str = ""
+    damping: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -54,6 +60,7 @@ class SparsityReport:
     Attributes:
         pattern, method, propagate: as they were applied ("auto" resolved); "mixed" where layers got different ones
             one by one.
+        update: how kept weights were updated, "sequential" or "iterative"; None if they were not.
         seconds: wall time of the whole call.
         samples, tokens: calibration sequences and tokens; 0 without data.
         parameters: parameters of the model, tied ones counted once.
@@ -74,6 +81,7 @@ class SparsityReport:
     skipped: list[SkippedReport] = field(default_factory=list)
     allocation: str | None = None
     left_dense: int = 0
+    update: str | None = None
 
     @property
     def kept(self) -> int:
@@ -133,11 +141,26 @@ class SparsityReport:
                 "allocation leaves dense"
             )
         data = f", {self.samples} sequences ({self.tokens:,} tokens) of calibration" if self.samples else ""
+        if self.update is not None:
+            least = min((target.damping for target in self.targets if target.damping is not None), default=0.0)
+            notes.append(
+                f"kept weights updated ({self.update} OBS), Hessians damped by {least:g} of their mean diagonal"
+            )
         notes.append(
             f"{self.sparsity:.2%} of {self.total:,} weights pruned, {self.model_sparsity:.2%} of all "
             f"{self.parameters:,} parameters, in {self.seconds:.1f} s{data}"
         )
         return as_text(table, left_out, *notes)
+
+
+def skipped_rows(skipped: Sequence[Skipped], parameters: int) -> list[SkippedReport]:
+    """Rows of a report for what is not pruned, in a model of so many ``parameters``."""
+    rows = []
+    for item in skipped:
+        count = torch.Size(item.shape).numel()
+        tied = item.reason.startswith("tied to ")  # counted with the parameter that it shares
+        rows.append(SkippedReport(item.name, item.shape, count, 0 if tied else count / parameters, item.reason))
+    return rows
 
 
 def describe_masks(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -14,15 +15,17 @@ from torch import nn
 
 from trisparse.sparsity.allocation import Allocation, PerLayer, find_allocation
 from trisparse.sparsity.allocation.allocate import allocate
-from trisparse.sparsity.batches import batch_size, calibration_batches, is_padded
+from trisparse.sparsity.batches import batch_size, batches_sha256, calibration_batches, is_padded
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
+from trisparse.sparsity.distributed import ALONE, Processes, running_processes
 from trisparse.sparsity.mask import HoldsMask
-from trisparse.sparsity.metric import METRICS, Method, find_metric
+from trisparse.sparsity.metric import METRICS, SPARSEGPT, Method, Metric, find_metric
+from trisparse.sparsity.obs import UPDATES, Update, check_update
 from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.pruning import Pruning
-from trisparse.sparsity.report import DENSE_BY_ALLOCATION, SkippedReport, SparsityReport
+from trisparse.sparsity.report import DENSE_BY_ALLOCATION, SparsityReport, skipped_rows
 from trisparse.sparsity.selection import check_pattern
 from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
 from trisparse.sparsity.targets import Target, Targets, find_targets, is_peft_wrapped
@@ -47,6 +50,9 @@ def sparsify(
     propagate: Propagate = "block",
     dtype: torch.dtype | None = None,
     allocation: Allocation | str | PathLike[str] | None = None,
+    update: Update | None = None,
+    damping: float = 0.01,
+    distributed: bool = False,
     progress: bool = True,
 ) -> SparsityReport:
     """Prune ``model`` in place and attach its masks.
@@ -58,7 +64,7 @@ def sparsify(
         model: any module with Linear, Conv1d/2d/3d, transformers' Conv1D or fused expert weights.
         sparsity: ``0.5``, ``"50%"``, ``"50% layer"``, ``"2:4"`` or a Pattern.
         method: a name in ``METRICS`` such as ``"wanda"``, an expression such as ``"abs(W) * X"``, a Metric, a
-            JSON file of one, or ``"auto"``: wanda with data, magnitude without.
+            JSON file of one, ``"sparsegpt"``, or ``"auto"``: wanda with data, magnitude without.
         data: calibration data: token tensor [length] or [n, length], string(s), a ``datasets`` dataset, or an
             iterable of batches (dicts of the model's keyword arguments, or tensors for its first argument).
         tokenizer: needed for text.
@@ -74,6 +80,13 @@ def sparsify(
         allocation: how ``sparsity`` is spread over the layers: "uniform", "uniform+", "global", "erk", "lamp", "owl",
             with parameters as in ``"owl:M=7,lambda=0.1"``, the file of a PerLayer, or an Allocation
             (see :mod:`trisparse.sparsity.allocation`); None prunes each layer to ``sparsity``.
+        update: let the kept weights make up for the pruned ones by an OBS update (see :mod:`trisparse.sparsity.obs`):
+            ``"sequential"`` (all of a layer's mask first), ``"iterative"`` (block by block of columns) or None.
+            ``"sparsegpt"`` is always iterative.
+        damping: of the update's Hessians, as a share of the mean of their diagonal; it grows where that is needed.
+        distributed: split the micro-batches over the processes of torch.distributed and add up what they measure. Every
+            process must make this same call; all of them end with the masks that one process would give the same
+            micro-batches (see :mod:`trisparse.sparsity.distributed`).
         progress: show a progress bar with the time left.
 
     Raises:
@@ -89,7 +102,8 @@ def sparsify(
     if weighs_inputs and data is None:
         raise ValueError(f"allocation {spread} weighs the layers' inputs: pass data (and a tokenizer for text)")
     metric = find_metric(method, has_data=data is not None, has_gradients=gradients is not None)
-    reads_inputs = "X" in metric.uses
+    update = checked_update(update, damping, metric, has_data=data is not None)
+    reads_inputs = "X" in metric.uses or update is not None
     if propagate not in PROPAGATE:
         raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got {propagate!r}")
     together = isinstance(pattern, Unstructured) and pattern.scope == "global"
@@ -99,10 +113,14 @@ def sparsify(
         raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
     if any(isinstance(module, HoldsMask) for module in model.modules()):
         raise ValueError("model is compressed: decompress(model) it first")
+    processes = running_processes() if distributed else ALONE
+    check_distributed(processes, metric, propagate, gradients)
     targets = find_targets(model, include=include, exclude=exclude)
     if spread is None:
         check_pattern(targets.found, pattern)
-    _check_finite(targets.found)
+    if update is not None:
+        check_update(targets.found, pattern)
+    check_finite(targets.found)
     batches: list[Batch] = []
     if reads_inputs or weighs_inputs or ("G" in metric.uses and gradients is None):
         batches = calibration_batches(
@@ -115,24 +133,37 @@ def sparsify(
             in_one=reads_inputs and propagate == "linear",
         )
     if reads_inputs:
-        _check_batches(model, targets.found, batches, propagate)
+        check_batches(model, targets.found, batches, propagate)
     if weighs_inputs:
-        _check_batches(model, targets.found, batches, "dense")
+        check_batches(model, targets.found, batches, "dense")
+    if processes.count > 1:
+        processes.check_equal("the calibration data", batches_sha256(batches))
     allocated = None
     if spread is not None:
         allocated = allocate(spread, model, targets, pattern, batches, dtype=dtype, progress=progress)
     norms = _gradients(model, targets, batches, gradients, dtype, progress) if "G" in metric.uses else None
     if allocated is not None:
         targets = allocated.targets
-    pruning = Pruning(pattern, metric, seed, norms, None if allocated is None else allocated.patterns)
+    pruning = Pruning(pattern, metric, seed, norms, None if allocated is None else allocated.patterns, update, damping)
+    if update is not None and allocated is not None:
+        for target in targets.found:
+            check_update([target], pruning.pattern_of(target))
     steps: Generator[tuple[list[Target], InputStatistics | None]]
     if not reads_inputs:
         steps = _blocks(targets)
-    elif propagate == "dense" and allocated is not None and allocated.measured:
+    elif propagate == "dense" and allocated is not None and allocated.measured and update is None:
         steps = allocated.steps()
     else:
-        on_use = pruning.select_on_use if propagate == "linear" else None
-        steps = walk(model, targets, batches, propagate=propagate, dtype=dtype, on_use=on_use)
+        steps = walk(
+            model,
+            targets,
+            processes.share(batches),
+            propagate=propagate,
+            dtype=dtype,
+            on_use=pruning.prune_on_use if propagate == "linear" else None,
+            hessians=update is not None,
+            processes=processes,
+        )
     label = f"{metric.name} {pattern}"
     with progress_bar(label, len(targets.found), enabled=progress) as advance, closing(steps):
         try:
@@ -149,15 +180,11 @@ def sparsify(
             error.add_note(f"sparsify stopped; the model is {done}")
             raise
     parameters = sum(p.numel() for p in model.parameters())
-    skipped = []
-    for item in [*targets.skipped, *pruning.unreached]:
-        count = torch.Size(item.shape).numel()
-        tied = item.reason.startswith("tied to ")  # counted with the parameter that it shares
-        skipped.append(SkippedReport(item.name, item.shape, count, 0 if tied else count / parameters, item.reason))
     texts = {row.pattern for row in pruning.rows} if isinstance(spread, PerLayer) else {str(pattern)}
+    skipped = skipped_rows([*targets.skipped, *pruning.unreached], parameters)
     return SparsityReport(
         pattern=texts.pop() if len(texts) == 1 else "mixed",
-        method=metric.name if METRICS.get(metric.name) == metric else str(metric),
+        method=metric.name if {**METRICS, SPARSEGPT.name: SPARSEGPT}.get(metric.name) == metric else str(metric),
         propagate=propagate if reads_inputs else None,
         seconds=time.perf_counter() - start,
         samples=sum(batch_size(batch) for batch in batches),
@@ -167,7 +194,41 @@ def sparsify(
         skipped=skipped,
         allocation=None if spread is None else str(spread),
         left_dense=sum(row.parameters for row in skipped if row.reason == DENSE_BY_ALLOCATION),
+        update=update,
     )
+
+
+def checked_update(update: Update | None, damping: float, metric: Metric, *, has_data: bool) -> Update | None:
+    """The update that ``metric`` goes with.
+
+    Raises:
+        ValueError: it cannot be as asked; says why.
+    """
+    if update is not None and update not in UPDATES:
+        raise ValueError(f"update must be one of {', '.join(UPDATES)} or None, got {update!r}")
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
+        raise ValueError(f"damping must be a finite number above 0, got {damping!r}")
+    if metric is SPARSEGPT:
+        if update == "sequential":
+            raise ValueError("method 'sparsegpt' finds its masks while it updates: update='sequential' takes a metric")
+        return "iterative"
+    if update is not None and not has_data:
+        raise ValueError(f"update={update!r} needs the layers' inputs: pass data (and a tokenizer for text)")
+    return update
+
+
+def check_distributed(processes: Processes, metric: Metric, propagate: Propagate, gradients: object) -> None:
+    """Check that the calibration can be split.
+
+    Raises:
+        ValueError: it cannot, and why.
+    """
+    if processes.count == 1:
+        return
+    if propagate == "linear":
+        raise ValueError("propagate='linear' runs the data as one batch, which processes cannot share: use 'block'")
+    if "G" in metric.uses and gradients is None:
+        raise ValueError("several processes do not measure gradients: measure them once, and pass gradients=FILE")
 
 
 def _gradients(
@@ -202,13 +263,15 @@ def _blocks(targets: Targets) -> Generator[tuple[list[Target], None]]:
         yield group, None
 
 
-def _check_finite(targets: Sequence[Target]) -> None:
+def check_finite(targets: Sequence[Target]) -> None:
+    """Raise a ValueError if a weight is NaN or Inf."""
     broken = [target.name for target in targets if not torch.isfinite(target.weight).all()]
     if broken:
         raise ValueError(f"model has NaN or Inf weights: {', '.join(broken)}")
 
 
-def _check_batches(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], propagate: Propagate) -> None:
+def check_batches(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], propagate: Propagate) -> None:
+    """Raise a ValueError if ``batches`` cannot be measured in this way."""
     fused = next((target.name for target in targets if is_fused_experts(target)), None)
     if propagate == "linear":
         if len(batches) > 1:

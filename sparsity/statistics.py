@@ -1,7 +1,9 @@
 """Input statistics of targets, collected while a model or a block runs.
 
 X is the root mean square of each input channel over all calibration tokens (Wanda's ‖X_j‖2 up to a constant
-factor per layer), accumulated in fp32 whatever the dtype of the activations.
+factor per layer). Each call is summed in fp32 whatever the dtype of the activations, and calls are added in fp64: fp64
+sums of fp32 numbers are exact as long as the numbers lie within a factor of 2^29 / calls of each other, so the order of
+the calls, and the process that made them, do not show.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from trisparse.sparsity.distributed import Processes
+from trisparse.sparsity.hessian import Factor, FactorisationError, HessianSums, identity_factor, unfolded
 from trisparse.sparsity.targets import Target
 
 _CHUNK = 256  # rows that are squared at once: the fp32 copy stays in the cache
@@ -24,15 +28,17 @@ class InputStatistics:
     """Sums of squares of the inputs of ``targets``; :meth:`observing` collects while it is open.
 
     Layers that are fed by the same tensor (q, k and v) are measured once: the tensor is held while its block
-    runs, so that its identity cannot be taken over by another one.
+    runs, so that its identity cannot be taken over by another one. With ``hessians`` their Hessians are summed, too:
+    4 cols² bytes for each input that is not shared, and as much again while a batch runs.
     """
 
-    def __init__(self, targets: Iterable[Target]) -> None:
+    def __init__(self, targets: Iterable[Target], *, hessians: bool = False) -> None:
         self._targets = {target.name: target for target in targets}
         self._squares: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._seen: list[tuple[Tensor, int, Tensor, int]] = []
         self._valid: Tensor | None = None
+        self._hessians = HessianSums() if hessians else None
 
     def rms(self, target: Target) -> Tensor | None:
         """X of ``target``, fp32 [parts, cols], or None if no input reached it.
@@ -42,7 +48,7 @@ class InputStatistics:
         if target.name not in self._squares:
             return None
         squares, counts = self._squares[target.name], self._counts[target.name]
-        rms = (squares / counts.clamp(min=1)[:, None]).sqrt()
+        rms = (squares / counts.clamp(min=1)[:, None]).sqrt().float()
         return torch.where(counts[:, None] > 0, rms, torch.ones_like(rms))
 
     def reached(self, target: Target) -> Tensor:
@@ -53,6 +59,56 @@ class InputStatistics:
     def unreached_parts(self, target: Target) -> int:
         """How many parts (experts) of ``target`` saw no token."""
         return int((self._counts[target.name] == 0).sum()) if target.name in self._counts else target.parts
+
+    def factors(self, target: Target, damping: float) -> list[Factor]:
+        """The factorised Hessian of each part of ``target``; that of a part that no token reached is 1.
+
+        Raises:
+            ValueError: it has none; names the target.
+        """
+        assert self._hessians is not None
+        found = []
+        for part in range(target.parts):
+            hessian = self._hessians.of((target.name, part))
+            try:
+                found.append(
+                    identity_factor(target.cols, target.weight.device) if hessian is None else hessian.factor(damping)
+                )
+            except FactorisationError as error:
+                raise ValueError(f"{target.name} cannot be updated: {error}") from None
+        return found
+
+    @property
+    def has_hessians(self) -> bool:
+        """Whether Hessians are summed."""
+        return self._hessians is not None
+
+    def forget_hessians(self) -> None:
+        """Free the Hessians; what else was measured stays."""
+        if self._hessians is not None:
+            self._hessians.clear()
+
+    def add_up(self, processes: Processes) -> None:
+        """Add what the other processes have seen; all of them must call this, with the same targets."""
+        if processes.count == 1:
+            return
+        rows = []
+        for target in self._targets.values():
+            squares, counts = self._sums(target, target.weight.device)
+            reached = counts.new_tensor([target.name in self._squares])
+            rows.append(torch.cat([squares.flatten(), counts, reached]))
+        if not rows:
+            return
+        everything = torch.cat(rows)
+        processes.add_up(everything)
+        for target, row in zip(self._targets.values(), everything.split([len(row) for row in rows]), strict=True):
+            if row[-1]:
+                self._squares[target.name] = row[: -1 - target.parts].view(target.parts, target.cols)
+                self._counts[target.name] = row[-1 - target.parts : -1]
+        if self._hessians is not None:
+            self._hessians.add_up(
+                processes, {target.name: target.cols for target in self._targets.values()}, everything.device
+            )
 
     @contextmanager
     def observing(self, before_use: Callable[[Target], None] | None = None) -> Iterator[None]:
@@ -77,6 +133,8 @@ class InputStatistics:
         finally:
             self._seen.clear()
             self._valid = None
+            if self._hessians is not None:
+                self._hessians.close()
 
     def _hook(self, target: Target, before_use: Callable[[Target], None] | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,12 +147,27 @@ class InputStatistics:
 
     def _add(self, target: Target, x: Tensor, part: int | None = None) -> None:
         squares, count = self._measure(x, target)
-        if target.name not in self._squares:
-            self._squares[target.name] = torch.zeros(target.parts, target.cols, device=x.device)
-            self._counts[target.name] = torch.zeros(target.parts, device=x.device)
+        self._squares[target.name], self._counts[target.name] = self._sums(target, x.device)
         where = slice(None) if part is None else slice(part, part + 1)
         self._squares[target.name][where] += squares
         self._counts[target.name][where] += count
+        if self._hessians is not None:
+            self._add_hessian(self._hessians, target, x, part)
+
+    def _add_hessian(self, hessians: HessianSums, target: Target, x: Tensor, part: int | None) -> None:
+        if isinstance(target.module, nn.Conv1d | nn.Conv2d):  # not shared: it depends on the kernel's size
+            for group, rows in enumerate(unfolded(x, target.module)):
+                hessians.add((target.name, group), rows)
+        elif not hessians.share((target.name, part or 0), x):
+            hessians.add((target.name, part or 0), self._rows(x), x)
+
+    def _sums(self, target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Sums of squares [parts, cols] and counts [parts] so far; zeros before the first call."""
+        if target.name in self._squares:
+            return self._squares[target.name], self._counts[target.name]
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
+        squares = torch.zeros(target.parts, target.cols, dtype=dtype, device=device)
+        return squares, squares.new_zeros(target.parts)
 
     def _measure(self, x: Tensor, target: Target) -> tuple[Tensor, int]:
         """Sum of squares of each input (broadcasts to [parts, cols]) and number of tokens."""
@@ -109,12 +182,17 @@ class InputStatistics:
             kernel = target.cols * module.groups // module.in_channels
             squares = channels.view(module.groups, -1).repeat_interleave(kernel, dim=1)
             return squares, count  # not shared: another kernel size needs another expansion
-        rows = x.reshape(-1, x.shape[-1])
-        if self._valid is not None and rows.shape[0] == self._valid.numel():
-            rows = rows[self._valid.flatten()]
+        rows = self._rows(x)
         squares, count = _sum_of_squares(rows), rows.shape[0]
         self._seen.append((x, x._version, squares, count))
         return squares, count
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The inputs [tokens, cols] in ``x`` without padded ones."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._valid is not None and rows.shape[0] == self._valid.numel():
+            rows = rows[self._valid.flatten()]
+        return rows
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:

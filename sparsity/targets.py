@@ -81,7 +81,11 @@ class Targets:
 
 
 def find_targets(
-    model: nn.Module, *, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+    model: nn.Module,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    on_meta: bool = False,
 ) -> Targets:
     """Find the weights of ``model`` to prune.
 
@@ -90,6 +94,7 @@ def find_targets(
         include: shell-style patterns of parameter or module names. Given, exactly the matching weights are
             targets, also outside the blocks.
         exclude: patterns of names to leave out.
+        on_meta: take a model on the meta device, whose weights come later.
 
     Raises:
         ValueError: a pattern that matches no parameter, a target on the meta device, or no target at all.
@@ -138,9 +143,9 @@ def find_targets(
     excluded.check_used()
     if not found:
         raise ValueError("model has no weight to prune" + ("" if include is None else " among include"))
-    on_meta = [target.name for target in found if target.weight.is_meta]
-    if on_meta:
-        raise ValueError(f"model is on the meta device ({on_meta[0]} and {len(on_meta) - 1} more): load it first")
+    empty = [target.name for target in found if target.weight.is_meta]
+    if empty and not on_meta:
+        raise ValueError(f"model is on the meta device ({empty[0]} and {len(empty) - 1} more): load it first")
     return Targets(found, skipped, blocks)
 
 

@@ -86,6 +86,18 @@ def test_prune_takes_an_allocation_with_parameters_and_a_file(dense, text, tmp_p
     assert "allocation per-layer:" in invoke("inspect", tmp_path / "p")
 
 
+def test_prune_updates_what_it_keeps_and_says_so_in_the_recipe(dense, text, tmp_path):
+    data = ["--data", text, "--samples", 8, "--seq-len", 32, "--sparsity", "50%"]
+    out = json.loads(invoke("prune", dense, *data, "--method", "sparsegpt", "--out", tmp_path / "s", "--json"))
+    assert (out["method"], out["update"], out["targets"][0]["damping"]) == ("sparsegpt", "iterative", 0.01)
+    options = ["--method", "wanda", "--update", "sequential", "--damping", 0.1, "--dtype", "fp32"]
+    assert "sequential OBS" in invoke("prune", dense, *data, *options, "--out", tmp_path / "w")
+    shown = json.loads(invoke("inspect", tmp_path / "w", "--json"))
+    assert shown["verified"]
+    step = shown["recipe"][0]
+    assert (step["update"], step["damping"], step["dtype"]) == ("sequential", 0.1, "fp32")
+
+
 def test_retrain_presets_and_adapters_that_stay(pruned, text, tmp_path):
     common = ["--steps", "2", "--seq-len", "16", "--json"]
     options = ["--groups", "full", *common]
@@ -187,6 +199,9 @@ def test_bench_tune_measures_shapes_and_models(pruned, tmp_path, monkeypatch):
         (["prune", "DENSE", "--out", "NEW", "--allocation", "owl:N=5"], "owl has no parameter 'N'"),
         (["prune", "DENSE", "--out", "NEW", "--allocation", "none.yaml"], "none.yaml"),
         (["prune", "DENSE", "--out", "NEW", "--method", "abs(W"], "expected ')'"),
+        (["prune", "DENSE", "--out", "NEW", "--method", "sparsegpt"], "pass data"),
+        (["prune", "DENSE", "--out", "NEW", "--update", "obs"], "update must be one of sequential, iterative"),
+        (["prune", "DENSE", "--out", "NEW", "--dtype", "fp8"], "dtype must be one of auto, fp32, bf16, got 'fp8'"),
         (["retrain", "DENSE", "--data", "TEXT", "--out", "NEW"], "not a trisparse checkpoint"),
         (["retrain", "PRUNED", "--data", "TEXT", "--out", "NEW", "--groups", "lora,heads"], "groups must be"),
         (["inspect", "DENSE"], "not a trisparse checkpoint"),

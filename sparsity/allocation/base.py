@@ -25,10 +25,12 @@ class Allocation(ABC):
     Attributes:
         name: in ``sparsify(allocation=name)``.
         reads_inputs: whether it needs the statistics of the dense model's inputs.
+        reads_weights: whether it needs the weights of all layers, not their shapes alone.
     """
 
     name: ClassVar[str]
     reads_inputs: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False
 
     def __str__(self) -> str:
         values = [(field.name.rstrip("_"), getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]

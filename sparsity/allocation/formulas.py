@@ -103,6 +103,7 @@ class LAMP(BudgetAllocation):
     """
 
     name: ClassVar[str] = "lamp"
+    reads_weights: ClassVar[bool] = True
 
     def shares(self, budget: Budget) -> Shares:
         """See :meth:`BudgetAllocation.shares`."""
@@ -114,7 +115,8 @@ def lamp_scores(weight: Tensor) -> Scores:
     """LAMP scores of all elements of ``weight`` in ascending order, fp32 [weight.numel()]; 0 where the weight is 0."""
     squares = np.square(np.sort(weight.detach().float().abs().flatten().cpu().numpy()), dtype=np.float64)
     sums = np.cumsum(squares[::-1])[::-1]  # what outlives a weight comes after it
-    return np.divide(squares, sums, out=np.zeros_like(squares), where=squares > 0).astype(np.float32)
+    scores: Scores = np.divide(squares, sums, out=np.zeros_like(squares), where=squares > 0).astype(np.float32)
+    return scores
 
 
 def _counts_of_the_greatest(scores: Sequence[Scores], kept: int) -> list[int]:
@@ -145,6 +147,7 @@ class Global(Allocation):
     """One ranking of the scores of all layers: scope ``"global"`` of an unstructured pattern."""
 
     name: ClassVar[str] = "global"
+    reads_weights: ClassVar[bool] = True
 
     def check(self, pattern: Pattern) -> Pattern:
         """See :meth:`Allocation.check`."""

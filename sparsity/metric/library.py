@@ -5,8 +5,8 @@ calibration tokens; published code often has ‖X‖2 in another normalisation. 
 alone in a product and changes it in a sum or under a nonlinear function, so each sum below says where its balance
 comes from.
 
-Not here, because they are no expression over W, G and X: SparseGPT's W² / diag(H⁻¹), and the formulas of Pruner-Zero's
-Tables 1, 9 and 11, whose rows beyond those below the paper gives as images only.
+Not here: the formulas of Pruner-Zero's Tables 1, 9 and 11, whose rows beyond those below the paper gives as images
+only. SparseGPT's w² / [H⁻¹]_jj is apart: it takes the factor of an OBS update for X.
 """
 
 from __future__ import annotations
@@ -73,10 +73,19 @@ METRICS = {
 }
 
 
+# X is 1 / U_jj there, of the Cholesky factor U of the inverse Hessian: see trisparse.sparsity.obs.
+SPARSEGPT = _metric(
+    "sparsegpt",
+    "abs(W) * X",
+    "Frantar & Alistarh, 2023, algorithm 1, https://arxiv.org/abs/2301.00774",
+    "what pruning the weight costs once those after it in its row make up for it",
+)
+
+
 def find_metric(method: Method, *, has_data: bool, has_gradients: bool = False) -> Metric:
     """The metric of a name in ``METRICS``, an expression, a JSON file or a Metric itself.
 
-    ``"auto"`` is Wanda with data and magnitude without.
+    ``"auto"`` is Wanda with data and magnitude without; ``"sparsegpt"`` is :data:`SPARSEGPT`.
 
     Args:
         method: what the user gave.
@@ -107,10 +116,12 @@ def _find(method: Method, has_data: bool) -> Metric:
         return METRICS["wanda" if has_data else "magnitude"]
     if method in METRICS:
         return METRICS[method]
+    if method == SPARSEGPT.name:
+        return SPARSEGPT
     if re.fullmatch(r"[\w-]{2,}", method) and not method[0].isdigit():  # a name, not a formula
-        close = get_close_matches(method, ("auto", *METRICS), n=1)
+        close = get_close_matches(method, ("auto", *METRICS, SPARSEGPT.name), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(["auto", *METRICS])
+        known = ", ".join(["auto", *METRICS, SPARSEGPT.name])
         raise ValueError(
             f"method must be one of {known}, an expression such as 'abs(W) * X' or a JSON file, got {method!r}{hint}"
         )

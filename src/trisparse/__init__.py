@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from trisparse.sparsity.perplexity import perplexity
     from trisparse.sparsity.report import SparsityReport
     from trisparse.sparsity.sparsify import sparsify
+    from trisparse.sparsity.streaming.stream import stream_sparsify
 
 __version__ = version("trisparse")
 
@@ -84,6 +85,7 @@ _HOME = {
     "save": "sparsity.checkpoint",
     "sparse_lora_modules": "retrain.sparse_lora_config",
     "sparsify": "sparsity.sparsify",
+    "stream_sparsify": "sparsity.streaming.stream",
 }
 
 __all__ = [
@@ -133,6 +135,7 @@ __all__ = [
     "save",
     "sparse_lora_modules",
     "sparsify",
+    "stream_sparsify",
 ]
 
 

@@ -17,7 +17,7 @@ def test_every_row_is_written_and_shown(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(digits, "RESULTS", tmp_path / "digits.json")
     monkeypatch.setattr(digits, "SEEDS", (0,))
     monkeypatch.setattr(digits, "SPARSITIES", ("95%",))
-    monkeypatch.setattr(digits, "PRESETS", ("bn-recalibrate", "norms"))
+    monkeypatch.setattr(digits, "VISION_PRESETS", ("bn-recalibrate", "norms"))
     threads = torch.get_num_threads()
     digits.main()
     torch.set_num_threads(threads)

@@ -85,8 +85,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 16
     assert lines[0] == "magnitude 50%, 1 steps of 2 x 16 tokens"
-    perp_groups.main([*arguments, "--json"])
+    perp_groups.main([*arguments, "--targets", "q_proj,v_proj", "--json"])
     result = json.loads(capsys.readouterr().out)
+    # two blocks, A [2, 16] and B [2, 16] on each of q_proj and v_proj
+    assert {row["trainable"]["lora"] for row in result["rows"] if "lora" in row["groups"]} == {2 * 2 * 2 * (16 + 16)}
+    assert result["settings"]["targets"] == "q_proj,v_proj"
     assert len(result["rows"]) == 16
     assert result["settings"]["steps"] == 1
     assert str(tmp_path) not in json.dumps(result)

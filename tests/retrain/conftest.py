@@ -91,6 +91,26 @@ def build_model() -> Callable[[str], transformers.PreTrainedModel]:
     return _build
 
 
+@pytest.fixture(scope="session")
+def digits() -> tuple[Any, Any]:
+    """((1400 images, labels), (397 images, labels))."""
+    from trisparse.bench import digits as bench  # not at the top: processes that the tests start import this file, too
+
+    return bench.digits()
+
+
+@pytest.fixture(scope="session")
+def trained_resnet(digits: tuple[Any, Any]) -> nn.Module:
+    """A small ResNet trained on ``digits``, in eval mode; to be copied, not changed."""
+    from trisparse.bench import digits as bench
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = bench.trained_resnet(digits[0], seed=0).eval()
+    torch.set_num_threads(threads)
+    return model
+
+
 QUICK = PERPConfig(
     rank=4, alpha=8, learning_rate=1e-2, steps=3, batch_size=2, gradient_accumulation=1, seq_len=16, dtype="fp32"
 )
@@ -111,6 +131,7 @@ def _snapshot(model: Any) -> dict[str, Any]:
         "modules": [(name, id(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(param)) for name, param in model.named_parameters()],
         "requires_grad": [param.requires_grad for param in model.parameters()],
+        "dtypes": [param.dtype for param in model.parameters()],
         "training": [module.training for module in model.modules()],
         "config": model.config.to_dict(),
         "ties": dict(model.all_tied_weights_keys),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,15 +12,18 @@ import torch
 import transformers
 
 from trisparse.retrain import cycles as cycles_module
+from trisparse.retrain.batch_settings import batch_settings
 from trisparse.retrain.cycles import CyclesConfig, LayerCollapseError, prune_cycles
 from trisparse.retrain.freezing import GradualFreezing
 from trisparse.retrain.loop import RetrainError
-from trisparse.retrain.perp import retrain
+from trisparse.retrain.perp import parameter_count, retrain, training_windows
 from trisparse.sparsity.compression import compress
 from trisparse.sparsity.mask import Mask, MaskError, attach, check_masks, masks, masks_sha256
 from trisparse.sparsity.pattern import NM, Unstructured
 from trisparse.sparsity.perplexity import perplexity
 from trisparse.sparsity.sparsify import sparsify
+
+_SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture
@@ -136,7 +140,8 @@ def test_one_cycle_is_sparsify_and_retrain(dense, config, tokens):
     settings = config(cycles=1, method="wanda")
     one, two = dense(), dense()
     run(one, "50%", tokens, settings)
-    windows = cycles_module._windows(two, tokens, None, settings, None)[0]
+    own = settings.retraining
+    windows = training_windows(two, tokens, None, own, batch_settings(own, parameter_count(two)), None)[0]
     sparsify(two, "50%", "wanda", windows, seq_len=16, progress=False)
     retrain(two, windows, settings.retraining, progress=False)
     assert masks_sha256(one) == masks_sha256(two)
@@ -179,8 +184,61 @@ def test_freezing_leaves_what_is_never_unfrozen(dense, config, tokens, watched):
 
 def test_checkpoints_of_each_cycle_have_a_folder(dense, config, tokens, tmp_path):
     run(dense(), "50%", tokens, config(cycles=2, retraining={"output_dir": tmp_path, "save_steps": 1}))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cycle-1", "cycle-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cycle-1", "cycle-2", "cycles.json"]
     assert (tmp_path / "cycle-2" / "checkpoint-2").is_dir()
+
+
+def test_a_teacher_is_distilled_from_in_each_cycle(dense, config, tokens, watched):
+    teacher, model, alone = dense().eval(), dense(), dense()
+    settings = config(cycles=2, retraining={"distillation_weight": 1.0})
+    report = run(model, "50%", tokens, settings, teacher=teacher)
+    assert [seen["options"]["teacher"] for seen in watched] == [teacher, teacher]
+    without = run(alone, "50%", tokens, settings)
+    assert report.cycles[0].first_loss != without.cycles[0].first_loss
+    other = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{**_SMALL, "vocab_size": 40}))
+    model = dense()
+    with pytest.raises(ValueError, match="teacher"):
+        run(model, "50%", tokens, settings, teacher=other)
+    assert not masks(model)
+
+
+def test_each_cycle_chooses_its_own_rate(dense, config, tokens, watched):
+    rates = {"learning_rate": "grid", "learning_rates": (1e-4, 1e-2), "grid_steps": 2}
+    report = run(dense(), "50%", tokens, config(cycles=2, retraining=rates), validation=tokens[:4])
+    assert [cycle.learning_rate for cycle in report.cycles] == [1e-2, 1e-2]
+    assert all(torch.equal(seen["options"]["validation"], watched[0]["options"]["validation"]) for seen in watched)
+    model = dense()
+    with pytest.raises(ValueError, match="learning_rate='grid' chooses by the loss on validation data"):
+        run(model, "50%", tokens, config(cycles=2, retraining=rates))
+    assert not masks(model)
+    fixed = run(dense(), "50%", tokens, config(cycles=1), validation=tokens[:4])
+    assert fixed.cycles[0].learning_rate == 1e-2
+    assert watched[-1]["options"]["validation"] is None  # the perplexity is measured once, not the loss beside it
+
+
+def test_what_retraining_left_out_is_reported(dense, config, tokens, monkeypatch):
+    def skips(*args, **options):
+        report = retrain(*args, **options)
+        return replace(report, skipped_steps=1, not_covered=["a layer: no reason"], learning_rate=report.seconds)
+
+    monkeypatch.setattr(cycles_module, "retrain", skips)
+    report = run(dense(), "50%", tokens, config(cycles=2, retraining={"groups": ("biases", "lora")}))
+    assert [cycle.missing for cycle in report.cycles] == [["biases"]] * 2
+    assert [cycle.skipped_steps for cycle in report.cycles] == [1, 1]
+    text = str(report)
+    assert "missing: the model has no biases" in text
+    assert "not covered: a layer: no reason" in text
+    assert "skipped: 2 steps" in text
+    assert "learning rates: " in text
+    assert json.loads(report.to_json())["cycles"][0]["not_covered"] == ["a layer: no reason"]
+
+
+def test_sharded_weights_are_refused_before_anything(dense, config, tokens, monkeypatch):
+    model = dense()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        run(model, "50%", tokens, config())
+    assert not masks(model)
 
 
 def small_last_layer(model):
@@ -215,8 +273,7 @@ def test_a_collapse_brings_earlier_masks_back(dense, config, tokens, watched):
 
 
 def test_a_collapse_may_be_allowed(dense, config, tokens):
-    model = small_last_layer(dense())
-    report = run(model, "50% global", tokens, config(cycles=1, allow_collapse=True))
+    report = run(small_last_layer(dense()), "50% global", tokens, config(cycles=1, allow_collapse=True))
     assert report.cycles[0].collapsed == ["model.layers.1.self_attn.k_proj.weight"]
     assert "wholly pruned: model.layers.1.self_attn.k_proj.weight" in str(report)
 
@@ -332,9 +389,9 @@ def test_wrong_fields_are_named(config, field, message):
 def test_text_and_a_method_with_data(dense, config, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    letters = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters)
     text = "a b b a b a a b " * 20
     report = run(dense(), NM(2, 4), text, config(cycles=1, method="auto"), tokenizer=tokenizer, validation=text)
     assert report.method == "wanda"

@@ -109,7 +109,7 @@ def test_checkpointing_and_fewer_groups_take_less(llama):
 def test_counts_are_those_of_the_run(build, tokens, quick):
     model = build("llama-tied")
     config = quick(learning_rate="grid", learning_rates=(1e-3, 1e-2), grid_steps=2, gradient_accumulation=2)
-    plan = retraining_plan(model, config)
+    plan = retraining_plan(model, config, validation=tokens)
     report = retrain(model, tokens, config, validation=tokens, progress=False)
     for name in (
         "trainable",
@@ -131,6 +131,23 @@ def test_counts_are_those_of_the_run(build, tokens, quick):
     assert "steps of the grid" in str(plan)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_of_full_retraining_writes_nothing(build, quick, tmp_path, monkeypatch, snapshot, assert_same, dtype):
+    def written(*args, **kwargs):
+        raise OSError("a plan wrote a file")
+
+    monkeypatch.setattr("trisparse.retrain.full.tempfile.TemporaryFile", written)
+    model = build("llama").to(dtype)
+    before = snapshot(model)
+    config = quick(groups="full", dtype="auto", output_dir=tmp_path / "run")
+    plan = retraining_plan(model, config)
+    assert plan.trainable == {"full": plan.total_parameters}
+    assert_same(model, before)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(OSError, match="wrote a file"):  # as a run does, so that a failure can put the weights back
+        retrain(model, torch.zeros(8, 16, dtype=torch.long), config, progress=False)
+
+
 def test_a_teacher_counts(build, quick):
     model, teacher = build("llama"), build("qwen3")
     alone, beside = retraining_plan(model, quick()), retraining_plan(model, quick(), teacher=teacher)
@@ -148,12 +165,35 @@ def test_two_processes_have_buckets_and_twice_the_tokens(build, quick, monkeypat
     assert (two.tokens, two.batch) == (2 * alone.tokens, (2, 1, 2))
 
 
+def test_sharding_takes_a_part_and_what_is_gathered(build, quick, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    model = build("llama")
+    whole, sharded = (retraining_plan(model, quick(groups="full", sharding=how)).memory for how in ("none", "fsdp"))
+    # 16 wide, 24 inside, 8 keys and values: 16·(16 + 8 + 8 + 16) + 3·16·24 + 2·16; twice 48·16 and a norm outside
+    block, outside = 4 * 1952, 4 * 1552
+    everything = 2 * block + outside
+    buffers = whole.weights - everything
+    assert sharded.weights == everything // 4 + everything + buffers  # two blocks: all of them are gathered
+    assert sharded.gradients == everything // 4 + everything
+    assert sharded.optimizer == 2 * everything // 4 == whole.optimizer // 4
+    assert sharded.activations == whole.activations
+    model.model.layers.extend(build("llama").model.layers)  # two more, which are not gathered at once
+    deeper = retraining_plan(model, quick(groups="norms", sharding="fsdp")).memory
+    assert deeper.gradients == 4 * 16 * (9 / 4 + 1 + 4)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="one: start them by torchrun"):
+        retraining_plan(model, quick(sharding="fsdp"))
+
+
 def test_what_does_not_fit_is_refused(build, quick, snapshot, assert_same):
     model = build("llama")
     before = snapshot(model)
     for changes, match in (({"groups": ("biases",)}, "nothing to train"), ({"seq_len": 64}, "maximum of 32")):
         with pytest.raises(ValueError, match=match):
             retraining_plan(model, quick(**changes))
+    with pytest.raises(ValueError, match=r"learning_rate='grid' .* pass validation"):
+        retraining_plan(model, quick(learning_rate="grid"))
     with pytest.raises(ValueError, match="share parameters"):
         retraining_plan(model, quick(), teacher=copy.copy(model))
     assert_same(model, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,8 @@ def test_five_layers_in_three_stages_by_hand(mode, start, expected):
     freezing = GradualFreezing(mode, start, stages=3)  # ⌊5/3⌋ = 1, ⌊10/3⌋ = 3, 5
     assert [list(freezing.trained(5, stage)) for stage in (1, 2, 3)] == expected
     assert [freezing.stage(step, 7) for step in range(7)] == [1, 1, 1, 2, 2, 3, 3]
+    assert [freezing.steps(stage, 7) for stage in (1, 2, 3)] == [3, 2, 2]
+    assert [freezing.steps(stage, 2) for stage in (1, 2, 3)] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,27 @@ def test_each_step_trains_what_is_its_turn(build, quick, tokens, mode, start):
     assert callback.mean_trainable == norms + sum(sizes[i] for step in seen for i in step) / 4
 
 
+def test_a_run_that_resumes_counts_all_steps_and_the_same_freezing(build, quick, tokens, tmp_path):
+    def retrained(freezing, *others, **options):
+        model = build("llama")
+        callback = FreezingCallback(freezing, model)
+        config = quick(groups=("norms", "lora"), steps=5, save_steps=1, output_dir=tmp_path, **options)
+        report = retrain(model, tokens, config, progress=False, callbacks=[callback, *others])
+        return report, callback, model
+
+    freezing = GradualFreezing(stages=3)
+    _, whole, unbroken = retrained(freezing)
+    (tmp_path / "checkpoint-5" / "retrain.json").unlink()
+    report, resumed, model = retrained(freezing, resume=True)
+    assert report.resumed_at == 4
+    assert resumed.mean_trainable == whole.mean_trainable
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), unbroken.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"another run, resume needs the same: callbacks \(was .*'stages': 3"):
+        retrained(GradualFreezing(stages=2), resume=True)
+    # what cannot say what it is, is not compared
+    assert retrained(freezing, transformers.TrainerCallback(), resume=True)[0].resumed_at == 5
+
+
 def test_nothing_to_freeze_or_to_train_leaves_the_model(build, quick, tokens, snapshot, assert_same):
     model = build("llama")
     before = snapshot(model)
@@ -124,7 +148,8 @@ def test_a_frozen_layer_keeps_no_gradient_in_the_one_process(build):
     callback = FreezingCallback(GradualFreezing("freeze", "input", stages=1), model)
     with pytest.raises(ValueError, match="freezing changes what trains from step to step: run one process, not 2"):
         callback.on_train_begin(SimpleNamespace(world_size=2), None, None)
-    callback.on_train_begin(SimpleNamespace(world_size=1), None, None)
+    assert math.isnan(callback.mean_trainable)
+    callback.on_train_begin(SimpleNamespace(world_size=1), SimpleNamespace(max_steps=1), None)
     weight = model.get_submodule(callback.layers[0]).weight
     weight.grad = torch.ones_like(weight)
     callback.on_step_begin(None, SimpleNamespace(global_step=0, max_steps=1), None)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from trisparse.retrain import loop
 from trisparse.retrain.batch_settings import BatchSettings, batch_settings, paper_batch
 from trisparse.retrain.cycles import CyclesConfig
 from trisparse.retrain.freezing import GradualFreezing
@@ -62,6 +63,34 @@ def test_choice_of_the_lowest_loss():
     )
     with pytest.raises(RetrainError, match=r"no learning rate of 1, 0.1 gave a finite"):
         choose_learning_rate((1, 1e-1), attempt)
+    with pytest.raises(
+        RetrainError, match=r"rates 0.01, 0.001 all gave the validation loss 1.5, so none can be chosen"
+    ):
+        choose_learning_rate((1e-2, 1e-3, 1e-1), attempt)
+    assert choose_learning_rate((1e-2, 1e-1), attempt) == (1e-2, {1e-2: 1.5, 1e-1: None})
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratio", "warmup"), [(1, 0.1, 0), (1, 0.99, 0), (9, 0.1, 0), (30, 0.1, 3), (4, 0.9, 3)]
+)
+def test_the_warm_up_leaves_a_step_that_changes_the_weights(build, tokens, run, monkeypatch, steps, ratio, warmup):
+    seen = []
+    real = loop.TrainingArguments
+    monkeypatch.setattr(
+        loop, "TrainingArguments", lambda **options: seen.append(options["warmup_steps"]) or real(**options)
+    )
+    model = build("opt")
+    before = {name: model.get_parameter(name).detach().clone() for name in masks(model)}
+    run(model, tokens, steps=steps, warmup_ratio=ratio)
+    assert seen == [warmup]
+    assert all(not torch.equal(model.get_parameter(name), value) for name, value in before.items())
+
+
+def test_a_grid_of_single_steps_chooses(build, tokens, quick):
+    config = quick(learning_rate="grid", learning_rates=(1e-5, 1e-2), grid_steps=1)
+    report = retrain(build("opt"), tokens, config, validation=tokens, progress=False)
+    assert report.learning_rate == 1e-2
+    assert report.grid[1e-2] < report.grid[1e-5]
 
 
 def test_grid_tries_each_rate_from_the_same_start_and_reports_all(build, tokens, quick):
@@ -205,8 +234,14 @@ def test_fp16_asks_the_trainer_for_the_scaler(build, tokens, quick, monkeypatch)
         ({"grid_steps": 0}, "grid_steps must be an integer of at least 1"),
         ({"guard_every": 0}, "guard_every must be an integer of at least 1 or None, got 0"),
         ({"guard_every": True}, "guard_every"),
-        ({"resume": "yes"}, "resume must be True or False, got 'yes'"),
+        ({"resume": 1.5}, "resume must be"),
+        ({"resume": "yes"}, "resume must be True, False or 'auto', got 'yes'"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing must be True or False"),
+        (
+            {"save_total_limit": 0, "output_dir": "x"},
+            "save_total_limit must be an integer of at least 1 or None, got 0",
+        ),
+        ({"report_to": ("wandb", "tensorboard")}, "report_to=tensorboard needs output_dir: its files lie there"),
         ({"temperature": 0}, "temperature must be a number above 0"),
         ({"distillation_weight": 0}, r"distillation_weight must be a number in \(0, 1\]"),
         ({"distillation_weight": 1.5}, "distillation_weight"),
@@ -217,11 +252,14 @@ def test_wrong_options_are_refused(changes, match, quick):
         quick(**changes)
 
 
-def test_cycles_refuse_what_is_for_one_retraining(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"retraining.learning_rate must be a number"):
-        CyclesConfig(retraining=PERPConfig(learning_rate="grid"))
-    with pytest.raises(ValueError, match=r"retraining.resume must be False"):
-        CyclesConfig(retraining=PERPConfig(output_dir=tmp_path, resume=True))
+def test_what_logs_elsewhere_needs_no_output_folder(quick, tmp_path):
+    assert quick(report_to=("wandb",)).report_to == ("wandb",)
+    assert quick(report_to=["tensorboard"], output_dir=tmp_path).report_to == ("tensorboard",)
+
+
+def test_cycles_refuse_what_is_for_one_retraining(monkeypatch):
+    with pytest.raises(ValueError, match=r"retraining.merge must be True, got False"):
+        CyclesConfig(retraining=PERPConfig(merge=False))
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="freezing must be None with 2 processes"):

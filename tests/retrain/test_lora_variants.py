@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -113,6 +115,39 @@ def test_values_gradients_and_merge_equal_the_formula(variant, kind, pattern):
     torch.testing.assert_close(layer.weight, merged)
     if pattern is not None:
         check_masks(nn.Sequential(layer))
+
+
+def two_layers(config, patterns):
+    """(the layers, the model under adapters)."""
+    layers = [layer_of("linear", pattern) for pattern in patterns]
+    return layers, get_peft_model(nn.Sequential(*layers), config)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("first", [None, Rows(0.5)], ids=str)
+def test_a_layer_that_refuses_to_merge_stops_those_before_it(merge, first):
+    options = LoraConfig(r=RANK, target_modules=["0", "1"], init_lora_weights=False)
+    config = sparse_lora_modules(options, "lora")
+    layers, peft = two_layers(config, [first, Unstructured(0.5)])
+    _, mergeable = two_layers(config, [first, Rows(0.5)])  # the same config on another model
+    for model in (peft, copy.deepcopy(peft)):
+        before = [module.base_layer.weight.clone() for module in model.base_model.model]
+        with pytest.raises(ValueError, match=r"fill the zeros of 1 pruned layers, such as 1, so no layer is merged"):
+            getattr(model, merge)()
+        adapted = list(model.base_model.model)
+        assert not any(layer.merged for layer in adapted)
+        assert all(torch.equal(layer.base_layer.weight, weight) for layer, weight in zip(adapted, before, strict=True))
+    getattr(mergeable, merge)()
+
+    # another adapter that can be merged is not held back, nor is what stays when the one that refuses is deleted
+    peft.add_adapter("other", sparse_lora_modules(options, "lora_prune"))
+    peft.merge_adapter(["other"])
+    assert all(layer.merged_adapters == ["other"] for layer in peft.base_model.model)
+    peft.unmerge_adapter()
+    peft.delete_adapter("default")
+    peft.set_adapter("other")
+    peft.merge_and_unload()
+    check_masks(nn.Sequential(*layers))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,8 +10,8 @@ from torch import nn
 from trisparse.bench.masked_lora import peak_bytes
 from trisparse.kernels import masked_lora
 from trisparse.retrain import masked_product as product_module
+from trisparse.retrain.lora_layer import VARIANTS
 from trisparse.retrain.masked_product import masked_product
-from trisparse.retrain.sparse_lora import VARIANTS
 from trisparse.sparsity.pattern import NM, Unstructured
 
 PATTERNS = [NM(2, 4), NM(4, 8), Unstructured(0.5)]

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trisparse.retrain.processes import check_launcher, is_main_process, local_device, process_count
+from trisparse.retrain.processes import is_main_process, local_device, process_count
 from trisparse.retrain.run_folder import checkpoints
 from trisparse.sparsity.checkpoint import load, read_info, save
 from trisparse.sparsity.mask import check_masks, masks_sha256
@@ -85,18 +85,16 @@ def test_one_process_writes_and_prints(launched):
     assert [step["step"] for step in read_info(folder / "retrained")["recipe"]] == ["retrain"]
 
 
-@pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
-)
-def test_sharded_weights_are_refused(build, tokens, run, snapshot, assert_same, monkeypatch, variable, name):
-    model = build("llama")
-    before = snapshot(model)
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ValueError, match=f"{name} .* shards the weights.*use DDP"):
-        run(model, tokens)
-    assert_same(model, before)
-    monkeypatch.setenv(variable, "false")
-    check_launcher()
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE"])
+def test_a_size_that_a_scheduler_set_is_one_process(build, tokens, run, monkeypatch, variable):
+    for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    wanted = run(build("llama"), tokens).losses
+    monkeypatch.setenv(variable, "4")
+    report = run(build("llama"), tokens)
+    assert report.losses == wanted
+    assert report.batch == (2, 1, 1)
+    assert os.environ[variable] == "4"
 
 
 def test_a_launcher_is_known_by_its_local_rank(monkeypatch):

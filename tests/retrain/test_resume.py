@@ -20,7 +20,7 @@ from trisparse.retrain.perp import retrain
 from trisparse.retrain.run_folder import RUN_FILE, TRAINED_FILE, checkpoints
 from trisparse.sparsity.mask import check_masks
 
-STEPS = {"steps": 8, "save_steps": 2, "gradient_accumulation": 2}
+STEPS = {"steps": 8, "save_steps": 2, "save_total_limit": None, "gradient_accumulation": 2}
 
 # dropout, so that the random state matters; more windows than a step takes, so that their order does
 KILLED = """
@@ -121,7 +121,7 @@ def test_every_kind_of_training_resumes(build, tokens, tmp_path, run, changes):
 
 
 def test_an_output_folder_alone_has_a_checkpoint_every_tenth_and_at_the_end(build, tokens, tmp_path, run):
-    run(build("llama"), tokens, output_dir=tmp_path, steps=11)
+    run(build("llama"), tokens, output_dir=tmp_path, steps=11, save_total_limit=None)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 10, 11)]
 
 
@@ -162,6 +162,18 @@ def test_nothing_to_resume_from_is_said(build, tokens, tmp_path, run, quick):
         run(build("llama"), tokens, output_dir=tmp_path, resume=True)
     with pytest.raises(ValueError, match="resume=True needs output_dir"):
         quick(resume=True)
+
+
+def test_auto_starts_anew_where_there_is_nothing_yet_and_goes_on_where_there_is(build, tokens, tmp_path, run, quick):
+    (tmp_path / "checkpoint-2").mkdir()  # cut off while it was written
+    first, again, other = build("llama"), build("llama"), build("llama")
+    assert run(first, tokens, output_dir=tmp_path, resume="auto", **STEPS).resumed_at == 0
+    assert run(again, tokens, output_dir=tmp_path, resume="auto", **STEPS).resumed_at == 8
+    assert same(again, first)
+    with pytest.raises(ValueError, match=r"another run, resume needs the same: data, seed"):
+        run(other, tokens, output_dir=tmp_path, resume="auto", seed=1, **STEPS)
+    with pytest.raises(ValueError, match="resume='auto' needs output_dir"):
+        quick(resume="auto")
 
 
 @pytest.mark.parametrize("spoil", ["missing", "shape"])

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 import trisparse
 from trisparse.retrain.effective_sparsity import effective_sparsity
-from trisparse.retrain.sparse_lora import VARIANTS, SparseLoraLinear
+from trisparse.retrain.lora_layer import VARIANTS
+from trisparse.retrain.sparse_lora import SparseLoraLinear
 from trisparse.sparsity.backends import Plan
 from trisparse.sparsity.mask import check_masks, masks_sha256
 from trisparse.sparsity.pattern import NM, Unstructured

@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from trisparse.retrain.lora import MaskLoraLinear, mask_lora_modules
+from trisparse.retrain.lora_layer import VARIANTS
 from trisparse.retrain.masked_product import masked_product
-from trisparse.retrain.sparse_lora import VARIANTS, SparseLoraLinear
+from trisparse.retrain.sparse_lora import SparseLoraLinear
 from trisparse.retrain.sparse_lora_config import SparseLoraConfig, load_adapters, sparse_lora_modules
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.pattern import NM

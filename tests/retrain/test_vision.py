@@ -18,9 +18,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 import trisparse
 from trisparse.bench import digits as bench
 from trisparse.retrain import vision_loop
+from trisparse.retrain.groups import VISION_PRESETS
 from trisparse.retrain.schedule import ALLR, Linear, pruning_change
 from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
-from trisparse.retrain.vision_groups import PRESETS, vision_groups
+from trisparse.retrain.vision_groups import vision_groups
 from trisparse.sparsity.mask import check_masks, masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
 
@@ -28,24 +29,12 @@ EPOCHS = bench.EPOCHS
 
 
 @pytest.fixture(scope="module")
-def digits():
-    """((1400 images, labels), (397 images, labels))."""
-    return bench.digits()
+def pruned(trained_resnet):
+    return bench.prune(trained_resnet, "95%")
 
 
-@pytest.fixture(scope="module")
-def dense(digits):
-    torch.set_num_threads(1)
-    return bench.trained_resnet(digits[0], seed=0).eval()
-
-
-@pytest.fixture(scope="module")
-def pruned(dense):
-    return bench.prune(dense, "95%")
-
-
-def test_each_preset_brings_back_more(dense, pruned, digits):
-    train, test = digits
+def test_each_preset_brings_back_more(trained_resnet, pruned, digits):
+    dense, (train, test) = trained_resnet, digits
     assert accuracy(dense, test) > 0.94
     assert accuracy(pruned, test) < 0.4
     assert {name for name, _ in dense.named_parameters() if "convolution" in name} < set(masks(pruned))
@@ -53,7 +42,7 @@ def test_each_preset_brings_back_more(dense, pruned, digits):
     schedule = ALLR(bench.ORIGINAL, pruning_change(dense, pruned), epochs=2)
     assert schedule.discount > 2 / EPOCHS
     after, share = {}, {}
-    for preset in PRESETS:
+    for preset in VISION_PRESETS:
         model = copy.deepcopy(pruned)
         config = VisionConfig(preset, schedule, epochs=2, batch_size=64)
         report = retrain_vision(model, train, config, validation=test, progress=False)
@@ -75,7 +64,7 @@ def test_each_preset_brings_back_more(dense, pruned, digits):
     assert share["full"] == 1
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", VISION_PRESETS)
 def test_only_the_group_changes(pruned, digits, preset):
     model = copy.deepcopy(pruned)
     model.resnet.encoder.requires_grad_(False)
@@ -148,8 +137,9 @@ def test_the_paper_s_shares_of_resnet_50():
     assert shares["linear-probing"] == pytest.approx(0.0825, abs=0.0005)
 
 
-def test_the_steps_are_those_of_sgd(digits):
-    """Two steps by hand: Nesterov momentum, weight decay on everything, and the pruned weights at zero."""
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_steps_are_those_of_sgd(digits, clip):
+    """Two steps by hand: Nesterov momentum, weight decay, the pruned weights at zero, and the norm of the others."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     sparsify(model, "50% global", "magnitude", progress=False)
@@ -161,12 +151,16 @@ def test_the_steps_are_those_of_sgd(digits):
         loss = nn.functional.cross_entropy(nn.functional.linear(images.flatten(1), *params), labels)
         grads = torch.autograd.grad(loss, params)
         with torch.no_grad():
+            grads = [grads[0] * keep, grads[1]]
+            norm = torch.cat([grad.flatten() for grad in grads]).norm()
+            if clip:
+                assert norm > clip
+                grads = [grad * clip / norm for grad in grads]
             for param, grad, speed in zip(params, grads, velocity, strict=True):
                 grad = grad + 0.01 * param
                 speed.mul_(0.9).add_(grad)
                 param -= 0.2 * (1 - step / 2) * (grad + 0.9 * speed)
-            params[0].masked_fill_(~keep, 0)
-    config = VisionConfig("full", Linear(0.2, 0.0), weight_decay=0.01)
+    config = VisionConfig("full", Linear(0.2, 0.0), weight_decay=0.01, max_grad_norm=clip)
     report = retrain_vision(model, batches, config, progress=False)
     for param, expected in zip(model.parameters(), params, strict=True):
         torch.testing.assert_close(param, expected)
@@ -258,6 +252,7 @@ def test_the_report(pruned, digits):
 _TWO_PROCESSES = """
 import json, sys, torch
 from torch import nn
+from trisparse.retrain.groups import VISION_PRESETS
 from trisparse.retrain.schedule import Linear
 from trisparse.retrain.vision import VisionConfig, retrain_vision
 from trisparse.sparsity.mask import check_masks
@@ -271,13 +266,21 @@ config = VisionConfig("full", Linear(0.1, 0.0), epochs=2, batch_size=int(sys.arg
 report = retrain_vision(model, (images, labels), config, validation=(images, labels), progress=False)
 check_masks(model)
 weights = [param.flatten()[:20].tolist() for param in model.parameters()]
+
+normed = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+other = VisionConfig("norms", Linear(0.1, 0.0), batch_size=int(sys.argv[1]), recalibrate=False)
+accuracies = retrain_vision(normed, (images, labels), other, validation=(images, labels), progress=False).accuracy
+state = {name: value.flatten().tolist() for name, value in normed.state_dict().items()}
 with open(f"{sys.argv[2]}/{torch.distributed.get_rank() if torch.distributed.is_initialized() else 'one'}", "w") as out:
-    json.dump([report.losses, weights, report.accuracy], out)
+    json.dump([report.losses, weights, report.accuracy, state, accuracies], out)
 """
 
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    """DDP over gloo: 2 x 8 images a step are one process's 16, and the masks hold in both."""
+    """DDP over gloo: 2 x 8 images a step are one process's 16, the masks hold, and both end with the same model.
+
+    With batch norms, too, which are not recalibrated and have seen different images in each process.
+    """
     script = tmp_path / "train.py"
     script.write_text(_TWO_PROCESSES)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -292,3 +295,20 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     for ours, theirs in zip(first[1], one[1], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
     assert first[2] == one[2]
+    assert first[3]["1.num_batches_tracked"] == [3]
+    assert any(abs(mean) > 1e-3 for mean in first[3]["1.running_mean"])
+
+
+def test_a_scheduler_may_set_world_size_alone(digits, monkeypatch):
+    """Without a launcher there is one process, which takes all the steps."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    report = retrain_vision(model, digits[0], VisionConfig("full", batch_size=280), progress=False)
+    assert report.steps == len(report.losses) == 5
+
+
+def test_sharded_weights_are_refused(digits, monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP"):
+        retrain_vision(model, digits[0], progress=False)

@@ -10,11 +10,11 @@ from torch import nn
 
 from trisparse.bench import digits as bench
 from trisparse.retrain import vision
+from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.retrain.loop import RetrainError
 from trisparse.retrain.lora import MaskLoraConv2d
 from trisparse.retrain.schedule import Linear
 from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
-from trisparse.retrain.vision_lora import LayerAdapters
 from trisparse.sparsity.mask import check_masks, detach, masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
 
@@ -22,15 +22,8 @@ QUICK = {"schedule": Linear(0.02), "epochs": 1, "batch_size": 64, "rank": 4, "al
 
 
 @pytest.fixture(scope="module")
-def digits():
-    """((1400 images, labels), (397 images, labels))."""
-    return bench.digits()
-
-
-@pytest.fixture(scope="module")
-def pruned(digits):
-    torch.set_num_threads(1)
-    return bench.prune(bench.trained_resnet(digits[0], seed=0).eval(), "90%")
+def pruned(trained_resnet):
+    return bench.prune(trained_resnet, "90%")
 
 
 @pytest.mark.parametrize("variant", ["lora_prune", "mask_lora", "scale_lora"])
@@ -142,3 +135,5 @@ def test_what_lora_does_not_reach_is_named(digits):
     report = retrain_vision(model, digits[0], VisionConfig(("head", "lora"), **QUICK), progress=False)
     assert report.not_covered == ["first.weight: Conv1d [8x8x3] is no nn.Linear, Conv1D or Conv2d"]
     assert report.trainable["lora"] == 4 * (4 + 9)
+    assert "not covered" in str(report)
+    assert "Conv1d [8x8x3] is no nn.Linear" in str(report)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from trisparse.sparsity import sparsify as sparsify_module
+from trisparse.sparsity import pruning
 from trisparse.sparsity.mask import check_masks, masks, masks_sha256
 from trisparse.sparsity.metric import METRICS
 from trisparse.sparsity.pattern import Rows, Unstructured
@@ -257,7 +257,7 @@ def test_fused_experts_refuse_what_they_cannot_do(model_named, tokens):
 def test_failure_in_the_middle_leaves_whole_blocks(model_named, tokens, monkeypatch, propagate):
     model = model_named("llama")
     before = state(model)
-    real, count = sparsify_module.select, [0]
+    real, count = pruning.select, [0]
 
     def fails_in_the_second_block(*args):
         count[0] += 1
@@ -265,7 +265,7 @@ def test_failure_in_the_middle_leaves_whole_blocks(model_named, tokens, monkeypa
             raise MemoryError("no more")
         return real(*args)
 
-    monkeypatch.setattr(sparsify_module, "select", fails_in_the_second_block)
+    monkeypatch.setattr(pruning, "select", fails_in_the_second_block)
     with pytest.raises(MemoryError) as caught:
         run(model, "50%", "wanda", tokens, samples=8, seq_len=16, propagate=propagate)
     assert "pruned up to model.layers.0." in caught.value.__notes__[0]

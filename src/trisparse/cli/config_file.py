@@ -1,23 +1,51 @@
-"""Settings of a command from a YAML file: the fields of a config class, checked by name, in the class's types."""
+"""Settings of a command: from a YAML file and from options, checked by name, in the types of the config classes.
+
+A ``Section`` says what may stand where: the name of each setting with its type as a dataclass spells it
+(``"int | None"``, ``"Sequence[float]"``), or another section for what is nested. The text of an option and a value of
+the file are read by the same rules: ``--learning-rates 1e-4,1e-3`` is ``learning_rates: [1e-4, 1e-3]``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+Section = Mapping[str, Any]
 
-def read_settings(file: Path, config: type) -> dict[str, Any]:
-    """The fields of the dataclass ``config`` that ``file`` gives.
 
-    YAML 1.1 reads ``5e-4`` as a string, for want of a point: what is a number to Python is one here.
+def section_of(config: type) -> dict[str, Any]:
+    """The fields of the dataclass ``config`` with their types."""
+    return {field.name: str(field.type) for field in dataclasses.fields(config)}
+
+
+def read_settings(file: Path, section: Section) -> dict[str, Any]:
+    """What ``file`` gives of ``section``, nested as it is.
+
+    A section may be given by the value of its first setting alone: ``schedule: ALLR`` is ``schedule: {name: ALLR}``.
 
     Raises:
-        ValueError: no YAML, no mapping, or a key that is no field; names the closest one.
+        ValueError: no YAML, no mapping, a value of a wrong kind, or a key that is no setting; names the closest one.
+        OSError: the file cannot be read.
+    """
+    content = read_yaml(file)
+    try:
+        return _checked(content, section, "")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_yaml(file: Path) -> dict[Any, Any]:
+    """The mapping in ``file``; an empty one for an empty file.
+
+    Raises:
+        ValueError: no YAML, or no mapping.
         OSError: the file cannot be read.
     """
     try:
@@ -26,22 +54,107 @@ def read_settings(file: Path, config: type) -> dict[str, Any]:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
-    names = [field.name for field in dataclasses.fields(config)]
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold keys and values, such as 'steps: 100', got {content!r}")
-    for key in content:
-        if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
-            meant = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
-            raise ValueError(f"{file}: {key!r} is no setting, {meant}")
-    numbers = {field.name for field in dataclasses.fields(config) if "float" in str(field.type)}
-    return {key: _value(value, number=key in numbers) for key, value in content.items()}
+    return content
 
 
-def _value(value: Any, *, number: bool) -> Any:
-    if isinstance(value, list):
-        return tuple(_value(one, number=number) for one in value)
-    if number and isinstance(value, str):
+def _checked(content: Mapping[Any, Any], section: Section, prefix: str) -> dict[str, Any]:
+    settings = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if key not in section:
+            raise ValueError(_unknown(key, name, section))
+        kind = section[key]
+        if not isinstance(kind, Mapping):
+            settings[key] = value_of(name, kind, value)
+        elif value is not None:  # a section with nothing below it is no section
+            nested = value if isinstance(value, dict) else {next(iter(kind)): value}
+            settings[key] = _checked(nested, kind, f"{name}.")
+    return settings
+
+
+def _unknown(key: Any, name: str, section: Section) -> str:
+    nested = [outer for outer, kind in section.items() if isinstance(kind, Mapping) and key in kind]
+    if nested:
+        return f"{name!r} is a setting of {nested[0]!r}: put it below that key"
+    close = difflib.get_close_matches(str(key), section, n=1)
+    return f"{name!r} is no setting, " + (
+        f"did you mean {close[0]!r}?" if close else f"there are {', '.join(map(str, section))}"
+    )
+
+
+def value_of(name: str, kind: str, value: Any) -> Any:
+    """``value`` as a field of the type ``kind`` takes it: a text is cut at its commas for a sequence, and is a number
+    where one is wanted.
+
+    YAML 1.1 reads ``5e-4`` and ``1e3`` as texts, for want of a point or a sign: what is a number to Python is one here.
+    What is no text where one belongs is refused, as is a list where one value belongs.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    several = "Sequence" in kind
+    if value is None or isinstance(value, Path):
+        return value
+    if isinstance(value, list | tuple):
+        if not several:
+            raise ValueError(f"{name} must be one value, got {list(value)!r}")
+        return tuple(_one(name, kind, item) for item in value)
+    if several and isinstance(value, str):
+        items = tuple(word.strip() for word in value.split(",") if word.strip())
+        if "," not in value and re.search(r"\bstr \|", kind):  # one name, which may be that of a preset
+            return value
+        return tuple(_one(name, kind, item) for item in items)
+    found = _one(name, kind, value)
+    return (found,) if several and not isinstance(found, str) else found
+
+
+def _one(name: str, kind: str, value: Any) -> Any:
+    number, whole = re.search(r"\bfloat\b", kind), re.search(r"\bint\b", kind)
+    if isinstance(value, str) and (number or whole):
         with contextlib.suppress(ValueError):
-            return float(value)
+            value = float(value)
+    if isinstance(value, float) and whole and not number and value.is_integer():
+        return int(value)
+    if re.search(r"\bstr\b", kind) and not number and not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {value!r}")
+    if isinstance(value, Mapping):
+        raise ValueError(f"{name} must be one value, got {dict(value)!r}")
     return value
+
+
+def place_of(option: str, section: Section) -> tuple[str, ...] | None:
+    """The keys that lead to the setting which ``option`` gives, or None where there is none of that name.
+
+    An option stands for a setting of the section, for the first one of a nested section that is called so, or for a
+    nested setting, by its own name or by both: ``freezing_stages`` is ``freezing: {stages: ...}``.
+    """
+    if option in section:
+        kind = section[option]
+        return (option, next(iter(kind))) if isinstance(kind, Mapping) else (option,)
+    for outer, kind in section.items():
+        if isinstance(kind, Mapping):
+            for key in kind:
+                if option in (key, f"{outer}_{key}"):
+                    return outer, key
+    return None
+
+
+def with_options(settings: Mapping[str, Any], options: Iterable[tuple[str, Any]], section: Section) -> dict[str, Any]:
+    """``settings`` of a file with the ``options`` that were given, which win.
+
+    Raises:
+        ValueError: an option has no place in ``section``, or has a value of a wrong kind.
+    """
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    for option, value in options:
+        place = place_of(option, section)
+        if place is None:
+            raise ValueError(f"{option} is no setting here")
+        if len(place) == 1:
+            merged[place[0]] = value_of(option, section[place[0]], value)
+        else:
+            outer, key = place
+            merged.setdefault(outer, {})[key] = value_of(option, section[outer][key], value)
+    return merged

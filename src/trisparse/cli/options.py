@@ -30,10 +30,12 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 
 def load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """Model, tokenizer and recipe so far: a checkpoint of ours with its masks, or any causal language model."""
+    """Model, tokenizer and recipe so far: a checkpoint of ours with its masks, one under the adapters of a folder of
+    ours, or any causal language model.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trisparse.sparsity.checkpoint import INFO_FILE, load, read_info
+    from trisparse.sparsity.checkpoint import ADAPTERS_FILE, INFO_FILE, load, read_info
     from trisparse.sparsity.progress import quiet_transformers
 
     if model == "smollm2":
@@ -41,10 +43,47 @@ def load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
 
         return *load_smollm2(), []
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        if (Path(model) / ADAPTERS_FILE).is_file():
+            from trisparse.retrain.adapter_folder import load_adapted_model
+
+            adapted, recipe = load_adapted_model(model)
+            return adapted, AutoTokenizer.from_pretrained(model), recipe
         if (Path(model) / INFO_FILE).is_file():
-            return load(model), tokenizer, read_info(model)["recipe"]
+            loaded, recipe = load(model), read_info(model)["recipe"]
+            if getattr(loaded, "main_input_name", None) == "pixel_values":
+                raise ValueError(
+                    f"{model} is a {type(loaded).__name__} and no language model: it is for 'trisparse retrain --form "
+                    "vision' alone"
+                )
+            return loaded, AutoTokenizer.from_pretrained(model), recipe
+        tokenizer = AutoTokenizer.from_pretrained(model)
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval(), tokenizer, []
+
+
+def locate_model(model: str) -> tuple[Path, Any]:
+    """The folder of a model, downloaded first if it is a model id, and its tokenizer.
+
+    Raises:
+        OSError: there is no such folder and no such model id.
+    """
+    from transformers import AutoTokenizer
+
+    from trisparse.sparsity.progress import quiet_transformers
+
+    if model == "smollm2":
+        from trisparse.bench.smollm2 import smollm2_path
+
+        folder = smollm2_path()
+    elif Path(model).is_dir():
+        folder = Path(model)
+    else:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+    with quiet_transformers():
+        return folder, AutoTokenizer.from_pretrained(folder)
 
 
 def show(content: dict[str, Any], text: str, as_json: bool) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from trisparse.cli.options import AsJson, Data, Folder, Model, Out, Seed, SeqLen, app, load_model, show
+from trisparse.cli.options import AsJson, Data, Folder, Model, Out, Seed, SeqLen, app, load_model, locate_model, show
 
 
 @app.command()
@@ -18,7 +18,7 @@ def prune(
         str, typer.Option(help="50%, '50% balanced', '50% layer', '50% global', '50% rows' or N:M such as 2:4.")
     ] = "2:4",
     method: Annotated[
-        str, typer.Option(help="auto, a metric's name, an expression or a JSON file; see 'trisparse metrics'.")
+        str, typer.Option(help="auto, sparsegpt, a metric's name, an expression or a JSON file: 'trisparse metrics'.")
     ] = "auto",
     data: Annotated[str | None, typer.Option(help="Calibration data; see 'trisparse eval --help'.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
@@ -36,36 +36,86 @@ def prune(
     gradients: Annotated[
         Path | None, typer.Option(help="File of gradient norms for a metric that reads G; else measured, then cached.")
     ] = None,
+    update: Annotated[
+        str | None, typer.Option(help="Update the kept weights (OBS): sequential or iterative; sparsegpt always does.")
+    ] = None,
+    damping: Annotated[float, typer.Option(help="Of the update's Hessians, a share of their mean diagonal.")] = 0.01,
+    dtype: Annotated[str, typer.Option(help="Of calibration: auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
+    stream: Annotated[
+        bool, typer.Option(help="Hold one block at a time, from disk to disk; the same command goes on after a crash.")
+    ] = False,
+    hidden_states: Annotated[
+        str, typer.Option(help="With --stream: memory or disk, where calibration keeps what flows between the blocks.")
+    ] = "memory",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a model and save it with its masks."""
+    """Prune a model and save it with its masks. Under torchrun, the processes share the calibration data."""
+    import torch
+
     from trisparse.sparsity.checkpoint import check_output, save
-    from trisparse.sparsity.sparsify import sparsify
+    from trisparse.sparsity.distributed import launched_processes, own_device
     from trisparse.sparsity.text import load_text
 
     check_output(out)
+    if hidden_states != "memory" and not stream:
+        raise ValueError("--hidden-states needs --stream")
+    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     text = None if data is None else load_text(data, split="calibration")
-    loaded, tokenizer, recipe = load_model(model)
-    report = sparsify(
-        loaded,
-        sparsity,
-        method,
-        text,
-        tokenizer=tokenizer,
-        include=include,
-        exclude=exclude,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        propagate=propagate,  # type: ignore[arg-type]  # checked by sparsify
-        gradients=gradients,
-        allocation=allocation,
-    )
-    content = report.to_dict()
-    recorded = ("pattern", "method", "allocation", "propagate", "samples", "tokens", "sparsity", "seconds")
-    step = {k: content[k] for k in recorded}
-    save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, {"step": "prune", "data": data, "seed": seed, **step}])
+    with launched_processes() as processes:
+        options: dict[str, Any] = {
+            "include": include,
+            "exclude": exclude,
+            "samples": samples,
+            "seq_len": seq_len,
+            "seed": seed,
+            "propagate": propagate,
+            "gradients": gradients,
+            "allocation": allocation,
+            "dtype": dtypes[dtype],
+            "update": update,
+            "damping": damping,
+            "distributed": processes.count > 1,
+            "progress": processes.is_first,
+        }
+        if stream:
+            from trisparse.sparsity.hardware import free_memory_at_once
+            from trisparse.sparsity.streaming.stream import stream_sparsify
+
+            free_memory_at_once()
+            folder, tokenizer = locate_model(model)
+            options |= {"hidden_states": hidden_states, "recipe": {"data": data}, "tokenizer": tokenizer}
+            report = stream_sparsify(folder, out, sparsity, method, text, **options)
+        else:
+            from trisparse.sparsity.sparsify import sparsify
+
+            loaded, tokenizer, recipe = load_model(model)
+            if processes.count > 1:
+                loaded.to(own_device())
+            report = sparsify(loaded, sparsity, method, text, tokenizer=tokenizer, **options)
+        content = report.to_dict()
+        if not processes.is_first:
+            return
+        if not stream:
+            done = (
+                "pattern",
+                "method",
+                "allocation",
+                "propagate",
+                "update",
+                "samples",
+                "tokens",
+                "sparsity",
+                "seconds",
+            )
+            step = {"step": "prune", "data": data, "seed": seed, **{key: content[key] for key in told}}
+            if report.update is not None:
+                step |= {"damping": damping}
+            if dtype != "auto":
+                step |= {"dtype": dtype}
+            save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, step])
     show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
 
 

@@ -37,14 +37,14 @@ def test_a_failure_leaves_whole_blocks(pair, run, state, tokens, monkeypatch, fa
     before = state(model)
     real, calls = block_training.relative_errors, 0
 
-    def fail(output, target):
+    def fail(*tensors):
         nonlocal calls
         calls += 1
         if calls == 30:  # 20 steps a block: in the second one's
             if failure is RetrainError:
-                return real(output, target) * torch.nan
+                return real(*tensors) * torch.nan
             raise failure
-        return real(output, target)
+        return real(*tensors)
 
     monkeypatch.setattr(block_training, "relative_errors", fail)
     with pytest.raises(failure) as caught:
@@ -54,7 +54,7 @@ def test_a_failure_leaves_whole_blocks(pair, run, state, tokens, monkeypatch, fa
         expected = whole.state_dict()[name] if name.startswith("model.layers.0.") else before[name]
         assert torch.equal(value, expected), name
     assert all(param.requires_grad and param.grad is None for param in model.parameters())
-    assert all("forward" not in vars(module) for module in model.modules())
+    assert [type(module) for module in model.modules()] == [type(module) for module in whole.modules()]
 
 
 def test_another_architecture_is_refused(pair, run, state, tokens, tmp_path):
@@ -149,8 +149,8 @@ def test_shared_blocks_are_refused(pair, run, tokens):
         ({"groups": ("head",)}, "groups must be one or more of biases, norms, lora, full"),
         ({"groups": ()}, "groups must be one or more"),
         ({"groups": "lora"}, "groups must be one or more"),
-        ({"groups": ("full", "norms")}, "groups 'full' trains everything"),
-        ({"targets": "both"}, "targets must be one of dense, sparse, got 'both'"),
+        ({"groups": ("full", "norms")}, "groups must be 'full' alone"),
+        ({"targets": "both"}, "targets must be one of sparse, dense, got 'both'"),
         ({"dtype": "fp16"}, "dtype must be one of auto, fp32, bf16"),
         ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
         ({"steps": 2.0}, "steps must be an integer"),

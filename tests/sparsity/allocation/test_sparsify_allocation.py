@@ -45,7 +45,7 @@ class ConvNet(nn.Module):
 
 
 @pytest.mark.parametrize("sparsity", ["60%", "60% layer", "4:8"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "random", "abs(W) * G"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "random", "abs(W) * G", "sparsegpt"])
 @pytest.mark.parametrize("allocation", ["uniform", "erk", "lamp", "owl:M=3,lambda=0.2"])
 def test_every_method_meets_every_budget(model_named, tokens, allocation, method, sparsity):
     model = model_named("llama")
@@ -182,6 +182,17 @@ def test_one_pass_leaves_dense_layers_alone(model_named, tokens):
     assert report.left_dense > 0  # at S = 10%, a block may be at 0%
     assert report.total - report.kept == round(0.1 * (report.total + report.left_dense))
     assert not {row.name for row in report.skipped if row.reason == "dense by allocation"} & set(masks(model))
+
+
+def test_updates_of_the_dense_model_measure_hessians_of_their_own(model_named, tokens):
+    model = model_named("llama")
+    report = run(model, "60%", "sparsegpt", tokens, allocation="owl:M=3,lambda=0.2", propagate="dense")
+    assert report.allocated_sparsity == pytest.approx(0.6, abs=1e-4)
+    assert all(row.damping == 0.01 for row in report.targets)
+    rows = run(model_named("llama"), "60%", "wanda", tokens, allocation="owl:M=3,lambda=0.2", propagate="dense").targets
+    assert [row.pattern for row in rows] == [row.pattern for row in report.targets]
+    with pytest.raises(ValueError, match="a pruned row keeps none"):
+        run(model_named("llama"), "60%", "sparsegpt", tokens, allocation=PerLayer({"*.mlp.*": "50% rows"}))
 
 
 def test_owl_with_magnitude_reads_the_data_for_the_allocation_alone(model_named, tokens):

@@ -60,7 +60,7 @@ class LayerAdapters:
         """
         for name, factor in self.parameters.items():
             if not bool(torch.isfinite(factor).all()):
-                raise RetrainError(f"{name} is not finite; the model is as it was before")
+                raise RetrainError(f"{name} is not finite: no LoRA was merged")
         for adapter in self._adapters.values():
             adapter.merge()
         self._put_back()
