@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -118,12 +117,11 @@ def check_can_shard(model: nn.Module) -> None:
     scalar = next((name for name, param in model.named_parameters() if param.dim() == 0), None)
     if scalar is not None:
         raise ValueError(f"sharding='fsdp' splits parameters by rows, and {scalar} has no dimension")
-    parts = [block.module for block in find_blocks(model)]
-    groups = Counter(id(param) for part in parts for param in set(part.parameters()))
-    inside = {id(module) for part in parts for module in part.modules()}
-    outside = {id(param) for m in model.modules() if id(m) not in inside for param in m.parameters(recurse=False)}
-    for name, param in model.named_parameters():
-        if groups[id(param)] + (id(param) in outside) > 1:
+    blocks = tuple(f"{block.name}." for block in find_blocks(model))
+    groups: dict[nn.Parameter, str] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        block = next((prefix for prefix in blocks if name.startswith(prefix)), "")
+        if groups.setdefault(param, block) != block:
             raise ValueError(f"sharding='fsdp' gathers weights block by block, and {name} is shared among blocks")
 
 

@@ -115,9 +115,8 @@ def main(folder: Path) -> None:
     for name, model in untouched.items():
         conftest._assert_same(model, before[name])
 
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     sys.argv = ["trisparse", "retrain", str(folder / "pruned"), "--data", str(folder / "text.txt"), "--json"]
-    sys.argv += ["--out", str(folder / "retrained"), "--config", str(folder / "retrain.yaml")]
+    sys.argv += ["--out", str(folder / "retrained"), "--config", str(folder / "retrain.yaml"), "--sharding", "fsdp"]
     (folder / f"found-{RANK}.json").write_text(json.dumps(found))
     cli.main()
 
@@ -127,7 +126,8 @@ def alone(folder: Path) -> None:
     torch.set_num_threads(1)
     sharding._PATIENCE = timedelta(seconds=1)
     model = conftest._build("llama")
-    config = conftest._quick(**json.loads((folder / "runs.json").read_text())["common"])
+    common = json.loads((folder / "runs.json").read_text())["common"]
+    config = conftest._quick(**common | {"sharding": "none"})  # accelerate says so
     tokens = torch.load(folder / "tokens.pt")
     text = text_of(lambda: retrain(model, tokens, config, progress=False, callbacks=[Fails(1)]))
     (folder / f"alone-{RANK}.txt").write_text(text)

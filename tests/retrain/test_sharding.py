@@ -39,14 +39,19 @@ HALF: dict[str, Any] = {
 }  # fmt: skip
 
 
-def launch(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).with_name("sharded_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = (
+    "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+)  # fmt: skip
+
+
+def launch(launcher: tuple[str, ...], folder: Path, what: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *launcher, str(Path(__file__).with_name("sharded_processes.py"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(script), str(folder), what],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [*command, str(folder), what], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -70,7 +75,7 @@ def folder(tmp_path_factory, request):
 @pytest.fixture(scope="module")
 def done(folder):
     """What two processes printed that have retrained in every way."""
-    return launch(folder, "all")
+    return launch(TORCHRUN, folder, "all")
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +111,14 @@ def test_the_losses_are_those_of_one_process_with_the_same_global_batch(folder, 
     assert first.keys() == model.state_dict().keys()
     for key, tensor in model.state_dict().items():
         assert torch.equal(first[key], second[key]), key
-        torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+        # a twentieth of a step of AdamW, which divides gradients that are all rounding by their own size
+        torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=5e-4, msg=key)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_masks_hold_on_every_process_and_the_model_is_the_same_object_again(folder, found, build, name):
     expected = (
-        ["parameters", "requires_grad", "config", "ties"] if name in ("tied", "scaled") else []
+        ["parameters", "requires_grad", "dtypes", "config", "ties"] if name in ("tied", "scaled") else []
     )  # the untied head
     model = build(RUNS[name][0])
     for rank, process in enumerate(found):
@@ -180,18 +186,18 @@ def test_a_failure_of_all_leaves_the_model_as_it_was(found):
     for process in found:  # the processes have compared the models themselves
         assert process["differ"] == "the processes differ in data: each must come with the same arguments"
         assert process["failed"] == process["failed full"] == "as asked"
-        assert process["infinite"].startswith("loss is nan at step 3 of 4")
+        assert process["infinite"].startswith("loss is nan at step 2 of 4")
 
 
-def test_a_process_that_fails_alone_says_what_is_lost(folder):
-    launch(folder, "alone")
+def test_accelerate_launch_shards_and_a_process_that_fails_alone_says_what_is_lost(folder):
+    launch(ACCELERATE, folder, "alone")
     failed = (folder / "alone-1.txt").read_text()
     assert failed.startswith("as asked\n")
     for rank in (0, 1):
         assert "processes that do not answer: load the model anew" in (folder / f"alone-{rank}.txt").read_text()
 
 
-def test_accelerates_switch_means_the_same_and_one_process_writes_and_prints(folder, done):
+def test_one_process_writes_and_prints(folder, done):
     printed = json.loads(done.stdout)  # one report, not two
     assert printed["batch"] == [2, 4, 2]
     check_masks(load(folder / "retrained"))

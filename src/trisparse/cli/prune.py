@@ -110,7 +110,7 @@ def prune(
                 "sparsity",
                 "seconds",
             )
-            step = {"step": "prune", "data": data, "seed": seed, **{key: content[key] for key in told}}
+            step = {"step": "prune", "data": data, "seed": seed, **{key: content[key] for key in done}}
             if report.update is not None:
                 step |= {"damping": damping}
             if dtype != "auto":

@@ -178,9 +178,9 @@ def test_a_method_is_a_name_an_expression_a_file_or_a_metric(tmp_path):
     [
         ("wandaa", "got 'wandaa'; did you mean 'wanda'?"),
         (
-            "sparsegpt",
-            "method must be one of auto, magnitude, wanda, pruner-zero, gblm, snip, ria, searched-smollm2, random, an "
-            "expression",
+            "fisher",
+            "method must be one of auto, magnitude, wanda, pruner-zero, gblm, snip, ria, searched-smollm2, random, "
+            "sparsegpt, an expression",
         ),
         ("abs(W", "method: expected ')' to close"),
         ("", "method: the expression is empty"),
