@@ -47,6 +47,13 @@ def test_the_bounds_hold_where_the_mean_must_be_shifted(kept, linears, ones_as_i
     assert kept(OWL(M=2, lambda_=0.25), model, 0.5, ones_as_input(model)) == [3, 2, 1]
 
 
+def test_the_upper_bound_of_the_sparsity_holds_too(kept, linears, ones_as_input):
+    # D = 1/4, 1/4, 0: S = 0.25, 0.25, 0.75 has the mean 0.417. Shifted by 0.083 the last would leave [0.25, 0.75]:
+    # it stays at 0.75, and the others get (1.5 - 0.75) / 2 = 0.375: 2.5, 2.5 and 1 of 4 stay.
+    model = linears(OUTLIER, OUTLIER, FLAT)
+    assert kept(OWL(M=2, lambda_=0.25), model, 0.5, ones_as_input(model)) == [3, 2, 1]
+
+
 def test_layers_without_any_difference_are_uniform(kept, linears, ones_as_input):
     model = linears(FLAT, FLAT)
     assert kept(OWL(), model, 0.5, ones_as_input(model)) == [2, 2]

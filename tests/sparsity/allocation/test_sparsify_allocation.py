@@ -176,6 +176,14 @@ def test_one_pass_gives_the_masks_of_two(model_named, tokens):
     assert masks_sha256(one) == masks_sha256(two)
 
 
+def test_one_pass_leaves_dense_layers_alone(model_named, tokens):
+    model = model_named("llama")
+    report = run(model, "10%", "wanda", tokens, allocation="owl:M=3,lambda=0.2", propagate="dense")
+    assert report.left_dense > 0  # at S = 10%, a block may be at 0%
+    assert report.total - report.kept == round(0.1 * (report.total + report.left_dense))
+    assert not {row.name for row in report.skipped if row.reason == "dense by allocation"} & set(masks(model))
+
+
 def test_updates_of_the_dense_model_measure_hessians_of_their_own(model_named, tokens):
     model = model_named("llama")
     report = run(model, "60%", "sparsegpt", tokens, allocation="owl:M=3,lambda=0.2", propagate="dense")
