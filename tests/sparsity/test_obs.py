@@ -312,6 +312,16 @@ def test_weights_pruned_before_stay_pruned(model_named, tokens, monkeypatch, met
     check_masks(model)
 
 
+def test_a_weight_pruned_before_is_not_kept_for_its_update(monkeypatch):
+    monkeypatch.setattr(obs, "MAX_BLOCK", 2)
+    layer = linear([4.0, 4.5, 1.0, 5.0])
+    run(layer, "25%", "magnitude", None)
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 2] = x[:, 0] / 2 + 0.01 * x[:, 2]  # pruning the first weight, 4, makes the third one 8
+    run(layer, "50%", "magnitude", [x], update="iterative")
+    assert masks(layer)["weight"].matrix().tolist() == [[False, True, False, True]]
+
+
 def test_convolutions(model_named):
     model = model_named("resnet")
     images = [{"pixel_values": torch.rand(4, 3, 32, 32)}]
