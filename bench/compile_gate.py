@@ -14,6 +14,7 @@ from trisparse.bench import bounds_linear24, linear_gate
 from trisparse.kernels import bitmask, linear24
 from trisparse.kernels.aot import Resources, resources
 from trisparse.kernels.nm import select_nm
+from trisparse.kernels.obs import obs_block
 from trisparse.kernels.select import select_rows
 from trisparse.kernels.threshold import select_global
 
@@ -28,6 +29,7 @@ def operations(rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[Call
     packed = torch.empty(rows, cols // 8, dtype=torch.uint8, device="meta")
     return {
         **_layers(rows, cols, dtype),
+        **(_obs_blocks(rows, cols) if dtype == torch.float32 else {}),
         "rows": (lambda: select_rows(w, cols // 2, x=x, out="packed", apply=True), True),
         "rows, no x": (lambda: select_rows(w, cols // 2), True),
         "2:4": (lambda: select_nm(w, 2, 4, x=x, out="packed", apply=True), True),
@@ -59,6 +61,19 @@ def _layers(rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[Callabl
             # Loads through cp.async are not seen, so that the widest that is seen says nothing of the main loads.
             found[str(case)] = case.operation(), False
     return found
+
+
+def _obs_blocks(rows: int, cols: int) -> dict[str, tuple[Callable[[], Any], bool]]:
+    """A block of 128 columns of a weight in fp32, stored by rows and by columns."""
+    factor = torch.empty(cols, cols, device="meta")[:128, :128]
+    mask = torch.empty(rows, cols, dtype=torch.bool, device="meta")[:, :128]
+    by_rows, by_columns = torch.empty(rows, cols, device="meta")[:, :128], torch.empty(128, rows, device="meta").t()
+    return {
+        "OBS, mask": (lambda: obs_block(by_rows, factor, mask, in_place=True), True),
+        "OBS, 2:4": (lambda: obs_block(by_rows, factor, None, 2, 4, in_place=True), True),
+        "OBS, 2:4 by columns": (lambda: obs_block(by_columns, factor, None, 2, 4), True),
+        "OBS, 4:8": (lambda: obs_block(by_rows, factor, None, 4, 8, in_place=True), True),
+    }
 
 
 def compile_all(shape: tuple[int, int], ccs: Iterable[int], dtype: torch.dtype = torch.bfloat16) -> list[Resources]:

@@ -32,14 +32,14 @@ ROWS = 4  # of a program: they share the loads of x
 
 
 @triton.jit
-def _split_planes(v, G: tl.constexpr, M: tl.constexpr):
+def split_planes(v, G: tl.constexpr, M: tl.constexpr):
     """[G, M] -> M tensors [G], in order."""
     if M == 1:
         return (tl.reshape(v, [G]),)
     else:
         even, odd = tl.split(tl.reshape(v, [G, M // 2, 2]))
-        evens = _split_planes(even, G, M // 2)
-        odds = _split_planes(odd, G, M // 2)
+        evens = split_planes(even, G, M // 2)
+        odds = split_planes(odd, G, M // 2)
         out = (evens[0], odds[0])
         for i in tl.static_range(1, M // 2):
             out = out + (evens[i], odds[i])
@@ -47,13 +47,13 @@ def _split_planes(v, G: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _join_planes(p, G: tl.constexpr, M: tl.constexpr):
-    """M tensors [G] -> [G, M]; the inverse of `_split_planes`."""
+def join_planes(p, G: tl.constexpr, M: tl.constexpr):
+    """M tensors [G] -> [G, M]; the inverse of `split_planes`."""
     if M == 1:
         return tl.reshape(p[0], [G, 1])
     else:
-        even = _join_planes(p[0::2], G, M // 2)
-        odd = _join_planes(p[1::2], G, M // 2)
+        even = join_planes(p[0::2], G, M // 2)
+        odd = join_planes(p[1::2], G, M // 2)
         return tl.reshape(tl.join(even, odd), [G, M])
 
 
@@ -66,7 +66,7 @@ def _planes(w_ptr, start, size, UNITS: tl.constexpr, U: tl.constexpr, MODE: tl.c
         C: tl.constexpr = min(U, 128 // w_ptr.dtype.element_ty.primitive_bitwidth)  # 16 bytes of a thread
         for c in tl.static_range(0, U, C):
             i = h[:, None] * U + c + tl.arange(0, C)[None, :]
-            out = out + _split_planes(tl.load(w_ptr + start + i, mask=i < size, other=0.0), UNITS, C)
+            out = out + split_planes(tl.load(w_ptr + start + i, mask=i < size, other=0.0), UNITS, C)
     elif MODE == 1:
         for j in tl.static_range(U):
             out = out + (tl.load(w_ptr + start + h * U + j, mask=h * U < size, other=0.0),)
@@ -90,7 +90,7 @@ def _score_planes(
             i = h[:, None] * U + c + tl.arange(0, C)[None, :]
             w = widen(tl.load(w_ptr + i, mask=i < size, other=0.0))
             s = tl.where(i < size, SCORE(w, m, row, col + i, i < size), 0.0)
-            out = out + _split_planes(s, UNITS, C)
+            out = out + split_planes(s, UNITS, C)
     else:
         for j in tl.static_range(U):
             i = h * U + j if MODE == 1 else h
@@ -109,7 +109,7 @@ def _store_planes(p_ptr, p, start, size, UNITS: tl.constexpr, U: tl.constexpr, M
         C: tl.constexpr = min(U, 128 // kind.primitive_bitwidth)
         for c in tl.static_range(0, U, C):
             i = h[:, None] * U + c + tl.arange(0, C)[None, :]
-            tl.store(p_ptr + start + i, _join_planes(p[c : c + C], UNITS, C).to(kind), mask=i < size)
+            tl.store(p_ptr + start + i, join_planes(p[c : c + C], UNITS, C).to(kind), mask=i < size)
     else:
         for j in tl.static_range(U):
             if MODE == 1:

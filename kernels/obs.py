@@ -92,12 +92,11 @@ def obs_block(
         ValueError: a wrong shape, dtype, stride or device, more than 128 columns, both a mask and n:m or neither.
     """
     _check(weight, factor, mask, n, m, in_place)
-    weight, factor = weight.detach(), factor.detach()
+    arguments = weight.detach(), factor.detach(), mask, n or 0, m or 0
     if in_place:
-        errors, chosen = _IN_PLACE(weight, factor, mask, n or 0, m or 0)
-        updated = weight
+        updated, (errors, chosen) = weight, _IN_PLACE(*arguments)
     else:
-        updated, errors, chosen = _FUNCTIONAL(weight, factor, mask, n or 0, m or 0)
+        updated, errors, chosen = _FUNCTIONAL(*arguments)
     return updated, errors, chosen if mask is None else mask
 
 

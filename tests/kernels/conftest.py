@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trisparse.kernels.obs import obs_block, obs_block_ref
 from trisparse.kernels.select import select_rows_ref
 from trisparse.sparsity.metric.expression import Node
 from trisparse.sparsity.metric.library import METRICS
@@ -173,5 +174,84 @@ def same_mask() -> Callable[[Tensor, Node, Inputs, int, int], bool]:
         bound = 8 * _rounding(tree, given) + 8 * 2.0**-23 * kth[wrong].abs()
         assert bool((apart <= bound).all()), (tree, float((apart / bound).max()))
         return False
+
+    return check
+
+
+ObsInputs = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="session")
+def obs_inputs() -> Callable[..., ObsInputs]:
+    """(weight [rows, block], U [block, block]) of an OBS update, by rows, block, kind and storage.
+
+    "random" has the factor of a random Hessian. "exact" has small integers and few powers of two, so that an update
+    rounds nothing and has many ties. Below its diagonal U is NaN. The weight is stored by "rows", by "columns", or
+    either way as a "slice of rows" or "slice of columns" of a wider one.
+    """
+
+    def make(rows: int, block: int, kind: str = "random", storage: str = "rows") -> ObsInputs:
+        generator = torch.Generator().manual_seed(1000 * rows + block)
+        wide = torch.randn(rows, block + 12, generator=generator)
+        if kind == "exact":
+            wide = (wide * 3).round()
+            few = torch.rand(block, block, generator=generator) < 2 / block
+            sign = 2.0 * torch.randint(0, 2, (block, block), generator=generator) - 1
+            factor = few * sign * 0.5 ** torch.randint(0, 2, (block, block), generator=generator)
+            factor.diagonal().copy_(0.5 ** torch.randint(-1, 2, (block,), generator=generator))
+        else:
+            x = torch.randn(2 * block, block, generator=generator)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(x.T @ x / block + 0.1 * torch.eye(block)))
+            factor = torch.linalg.cholesky(inverse).T
+        below = torch.ones(block, block, dtype=torch.bool).tril(-1)
+        stored = {
+            "rows": wide[:, 8 : 8 + block].contiguous(),
+            "columns": wide[:, 8 : 8 + block].t().contiguous().t(),
+            "slice of rows": wide[:, 8 : 8 + block],
+            "slice of columns": wide.t().contiguous()[8 : 8 + block].t(),
+        }
+        return stored[storage], factor.contiguous().masked_fill_(below, torch.nan)
+
+    return make
+
+
+def _check_choice(weight: Tensor, factor: Tensor, mask: Tensor, n: int, m: int) -> None:
+    """Replay the updates in fp64: what is kept of each group has no lesser score than what is not, up to rounding."""
+    w, u = weight.double(), factor.double()
+    for j in range(w.shape[1]):
+        if j % m == 0:
+            scores, kept = (w / u.diagonal())[:, j : j + m].abs(), mask[:, j : j + m]
+            assert bool((kept.sum(1) == n).all())
+            least = scores.masked_fill(~kept, math.inf).amin(1)
+            assert bool((scores.masked_fill(kept, 0).amax(1) <= least * (1 + 1e-5) + 1e-6).all()), j
+        error = w[:, j] * ~mask[:, j] / u[j, j]
+        w[:, j + 1 :] -= error[:, None] * u[j, j + 1 :]
+
+
+@pytest.fixture(scope="session")
+def check_obs_block() -> Callable[..., None]:
+    """Assert that `obs_block` gives what its reference does, from (weight, U), the arguments after U, and the kind.
+
+    Of exact inputs all is equal. Of random ones the mask may be another one where scores are equal up to rounding; for
+    the mask that was chosen, weights and errors err by at most twice what the reference in fp32 does against fp64.
+    """
+
+    def check(given: ObsInputs, arguments: Sequence[object], exact: bool = False, in_place: bool = False) -> None:
+        weight, factor = given
+        before = weight.clone()
+        new, errors, mask = obs_block(weight, factor, *arguments, in_place=in_place)
+        assert (new is weight) == in_place
+        assert in_place or torch.equal(weight, before)
+        assert not bool((new[~mask]).any())
+        torch_new, torch_errors, expected = obs_block_ref(before, factor, *(arguments if exact else (mask,)))
+        wide = obs_block_ref(before.double(), factor.double(), mask)
+        for mine, torchs, true in ((new, torch_new, wide[0]), (errors, torch_errors, wide[1])):
+            if exact:
+                assert torch.equal(mine.double(), true)
+            else:
+                assert float((mine - true).abs().max()) <= 2 * float((torchs - true).abs().max())
+        assert torch.equal(mask, expected)
+        if not exact and arguments[0] is None:
+            _check_choice(before, factor, mask, arguments[1], arguments[2])
 
     return check

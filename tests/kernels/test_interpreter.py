@@ -16,6 +16,7 @@ FILES = [
     "test_metric_triton.py",
     "test_linear_triton.py",
     "test_masked_lora_triton.py",
+    "test_obs_triton.py",
 ]
 
 

@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,8 +159,10 @@ def test_sparsegpt_chooses_each_group_after_the_update(n, m):
     parts=st.integers(1, 2),
     seed=st.integers(0, 99),
     coarse=st.booleans(),
+    gone=st.booleans(),
+    block=st.sampled_from([16, 128]),
 )
-def test_budgets_are_exact(rows, groups, m, sparsity, kind, parts, seed, coarse):
+def test_budgets_are_exact(rows, groups, m, sparsity, kind, parts, seed, coarse, gone, block):
     cols = groups * m
     weights, factors = [], []
     for part in range(parts):
@@ -166,9 +170,17 @@ def test_budgets_are_exact(rows, groups, m, sparsity, kind, parts, seed, coarse)
         weights.append(weight.round() if coarse else weight)  # zeros and ties
         factors.append(factor)
     pattern = NM(max(1, m // 2), m) if kind.startswith("nm") else Unstructured(sparsity, kind)
-    keeps = prune_and_update(
-        weights, factors, pattern, lambda: [Score(w) for w in weights], by_group=kind == "nm by group"
-    )
+    # Weights pruned before have the least of all scores; some have to be kept at a low sparsity.
+    before = [weight < -0.2 for weight in weights]
+
+    def score():
+        if not gone:
+            return [Score(w) for w in weights]
+        pairs = zip(weights, before, strict=True)
+        return [Score(w.abs().masked_fill(pruned, -torch.inf), absolute=False) for w, pruned in pairs]
+
+    with mock.patch.object(obs, "MAX_BLOCK", block):
+        keeps = prune_and_update(weights, factors, pattern, score, by_group=kind == "nm by group", forced=gone)
     for weight, keep in zip(weights, keeps, strict=True):
         assert (weight[~keep] == 0).all()
         assert torch.isfinite(weight).all()
@@ -182,6 +194,22 @@ def test_budgets_are_exact(rows, groups, m, sparsity, kind, parts, seed, coarse)
         of_rows = torch.cat([keep.sum(1) for keep in keeps])
         assert (of_rows.diff() <= 0).all()  # the first rows keep one more
         assert of_rows.max() - of_rows.min() <= 1
+
+
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_budget_is_exact_where_scores_fall_to_minus_infinity(monkeypatch, scope):
+    monkeypatch.setattr(obs, "MAX_BLOCK", 4)
+    weight, _, factor = problem(3, 12)
+    calls = []
+
+    def score():
+        calls.append(1)
+        fallen = torch.full_like(weight, -torch.inf) if len(calls) > 1 else weight.abs()
+        return [Score(fallen, absolute=False)]
+
+    (keep,) = prune_and_update([weight], [factor], Unstructured(0.5, scope), score)
+    assert len(calls) == 3
+    assert keep.sum() == 18
 
 
 MODES = [
@@ -269,14 +297,16 @@ def test_narrow_weights_are_computed_in_fp32_and_rounded_once(dtype):
     run(wide, "50%", "sparsegpt", [x])
     assert narrow.weight.dtype == dtype
     assert torch.equal(narrow.weight, wide.weight.to(dtype))
+    assert not torch.equal(wide.weight, wide.weight.to(dtype).float())
     check_masks(narrow)
 
 
-@pytest.mark.parametrize("sparsity", ["60%", "60% layer", "1:4"])
+@pytest.mark.parametrize("sparsity", ["50%", "60% layer", "1:4"])
 @pytest.mark.parametrize(
     ("method", "update"), [("sparsegpt", None), ("magnitude", "iterative"), ("wanda", "sequential")]
 )
-def test_weights_pruned_before_stay_pruned(model_named, tokens, method, update, sparsity):
+def test_weights_pruned_before_stay_pruned(model_named, tokens, monkeypatch, method, update, sparsity):
+    monkeypatch.setattr(obs, "MAX_BLOCK", 16)  # so that an update comes before the choice in most columns
     model = model_named("llama")
     run(model, "2:4", "magnitude", None)
     before = {name: mask.matrix() for name, mask in masks(model).items()}
@@ -284,6 +314,16 @@ def test_weights_pruned_before_stay_pruned(model_named, tokens, method, update, 
     for name, mask in masks(model).items():
         assert not (mask.matrix() & ~before[name]).any()
     check_masks(model)
+
+
+def test_a_weight_pruned_before_is_not_kept_for_its_update(monkeypatch):
+    monkeypatch.setattr(obs, "MAX_BLOCK", 2)
+    layer = linear([4.0, 4.5, 1.0, 5.0])
+    run(layer, "25%", "magnitude", None)
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 2] = x[:, 0] / 2 + 0.01 * x[:, 2]  # pruning the first weight, 4, makes the third one 8
+    run(layer, "50%", "magnitude", [x], update="iterative")
+    assert masks(layer)["weight"].matrix().tolist() == [[False, True, False, True]]
 
 
 def test_convolutions(model_named):

@@ -1,0 +1,47 @@
+"""The compiled kernel of the OBS update under emulation of its PTX: equal, free of races, within its counted bounds.
+
+The same figures, for more cases, go to bench/results by `python -m trisparse.bench.bounds_obs`.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from trisparse.bench.bounds_obs import bound
+from trisparse.kernels.launch import Emulator, ptxsim, using
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles kernels", allow_module_level=True)
+try:
+    ptxsim()
+except ImportError:
+    pytest.skip("needs ptxsim", allow_module_level=True)
+pytestmark = pytest.mark.ptx
+
+
+@pytest.mark.parametrize(
+    ("rows", "block", "nm", "storage"),
+    [(33, 20, None, "slice of rows"), (33, 24, (2, 4), "columns"), (3, 24, (4, 8), "rows"), (2, 20, (3, 5), "rows")],
+)
+def test_exact(obs_inputs, check_obs_block, rows, block, nm, storage):
+    weight, factor = obs_inputs(rows, block, "exact", storage)
+    mask = None if nm else (weight.roll(1, 0) - weight).round() % 2 == 0
+    # In random order, with more than one warp in turn: the errors that a program reads back must be there.
+    with using(Emulator(options={"race_check": True, "check_uninit": True, "schedule": "random"})):
+        check_obs_block((weight, factor), (mask, *(nm or ())), exact=True, in_place=storage == "slice of rows")
+
+
+def test_rounding(obs_inputs, check_obs_block):
+    with using(Emulator(options={"race_check": True, "check_uninit": True})):
+        check_obs_block(obs_inputs(32, 64, storage="columns"), (None, 2, 4))
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 0), (2, 4)])
+def test_counted_bounds(n, m):
+    counts = bound(4096, n, m, ctas=2)
+    assert counts["spill_bytes"] == 0
+    # Beside the compulsory bytes, the lower half of U by sectors: half of 64 KiB.
+    assert counts["bytes_over_compulsory"] <= 1.006
+    assert counts["issue_us"] <= 8.2
