@@ -30,7 +30,7 @@ from trisparse.env import environment
 RESULTS = Path("bench/results/stream_memory.json")
 _MB = 2**20
 _ALLOWED = 600 * _MB
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "hidden_size": 1536,
     "intermediate_size": 3520,
     "num_hidden_layers": 30,
@@ -148,7 +148,9 @@ def _bytes_of(folder: Path, prefix: str) -> int:
 def main() -> None:
     """Measure both, print, and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=None, help="where the 3-GB model goes; by default a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where the 3-GB model goes; by default a temporary one"
+    )
     work = Path(tempfile.mkdtemp(prefix="random-llama-", dir=parser.parse_args().folder))
     try:
         rows = [measure("SmolLM2-135M", smollm2_path(), 32, 512, "pydoc")]

@@ -28,6 +28,7 @@ from trisparse.sparsity.targets import Block, Target, Targets
 Propagate = Literal["block", "dense", "linear"]
 PROPAGATE: tuple[str, ...] = get_args(Propagate)
 
+
 class Hidden(Protocol):
     """Hidden states by micro-batch: a list, or what keeps them elsewhere."""
 

@@ -1,7 +1,7 @@
 """``stream_sparsify(folder, out)``: prune a model that is larger than memory, from one folder to another.
 
-The blocks are run, measured and pruned by what :func:`trisparse.sparsity.sparsify.sparsify` uses, one at a time, so that
-the result is the same to the bit.
+The blocks are run, measured and pruned by what :func:`trisparse.sparsity.sparsify.sparsify` uses, one at a time, so
+that the result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +18,7 @@ from trisparse.sparsity.batches import batch_size, calibration_batches
 from trisparse.sparsity.calibration import PROPAGATE, BlockRunner, Propagate
 from trisparse.sparsity.capture import Batch
 from trisparse.sparsity.checkpoint import check_output
-from trisparse.sparsity.distributed import ALONE, Processes, own_device, running_processes
+from trisparse.sparsity.distributed import ALONE, own_device, running_processes
 from trisparse.sparsity.gradient_statistics import GradientStatistics
 from trisparse.sparsity.metric import METRICS, Method, Metric, find_metric
 from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
@@ -38,14 +37,14 @@ HiddenStatesIn = Literal["memory", "disk"]
 
 
 def stream_sparsify(
-    folder: str | PathLike[str],
-    out: str | PathLike[str],
+    folder: str | Path,
+    out: str | Path,
     sparsity: float | str | Pattern = "2:4",
     method: Method = "auto",
     data: Any = None,
     *,
     tokenizer: Any = None,
-    gradients: str | PathLike[str] | None = None,
+    gradients: str | Path | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     samples: int = 128,
@@ -61,9 +60,9 @@ def stream_sparsify(
 ) -> SparsityReport:
     """Prune the model in ``folder`` into the checkpoint ``out``, with one block and the hidden states in memory.
 
-    Weights and masks are those that ``sparsify`` gives with the same arguments, and ``out`` is what ``save`` writes, but
-    for one file of weights a block. A run that was killed goes on from its last finished block when the same call is
-    made again, and ends with the same bytes; its work lies in ``.NAME.streaming`` beside ``out`` until then.
+    Weights and masks are those that ``sparsify`` gives with the same arguments, and ``out`` is what ``save`` writes,
+    but for one file of weights a block. A run that was killed goes on from its last finished block when the same call
+    is made again, and ends with the same bytes; its work lies in ``.NAME.streaming`` beside ``out`` until then.
 
     Args:
         folder: a Hugging Face folder with safetensors, or a checkpoint of ours, whose masks are then replaced.
@@ -145,19 +144,18 @@ def stream_sparsify(
         "tokens": sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch),
     }
     label = f"{metric.name} {pattern}"
-    with progress_bar(label, len(targets.found), enabled=progress) as advance:
-        with ExitStack() as stack:
-            steps = BlockSteps(source, targets, pruning, Output(out, len(source.parts)), settings, processes, advance)
-            stack.callback(steps.close)
-            try:
-                if reads_inputs:
-                    steps.calibrate(processes.share(batches), runner, on_disk=hidden_states == "disk")
-                else:
-                    steps.prune_without_data()
-            except BaseException as error:
-                error.add_note(steps.how_far())
-                raise
-            steps.finish(tokenizer=tokenizer, recipe=[*source.recipe, step])
+    with progress_bar(label, len(targets.found), enabled=progress) as advance, ExitStack() as stack:
+        steps = BlockSteps(source, targets, pruning, Output(out, len(source.parts)), settings, processes, advance)
+        stack.callback(steps.close)
+        try:
+            if reads_inputs:
+                steps.calibrate(processes.share(batches), runner, on_disk=hidden_states == "disk")
+            else:
+                steps.prune_without_data()
+        except BaseException as error:
+            error.add_note(steps.how_far())
+            raise
+        steps.finish(tokenizer=tokenizer, recipe=[*source.recipe, step])
     lines = [steps.done[part] for part in sorted(steps.done)]
     unreached = [Skipped(name, tuple(shape), why) for line in lines for name, shape, why in line["unreached"]]
     parameters = sum(p.numel() for p in source.model.parameters())
@@ -178,21 +176,21 @@ def _shown(metric: Metric) -> str:
     return metric.name if METRICS.get(metric.name) == metric else str(metric)
 
 
-def _check_arguments(
-    pattern: Pattern, metric: Metric, propagate: str, hidden_states: str, gradients: object
-) -> None:
+def _check_arguments(pattern: Pattern, metric: Metric, propagate: str, hidden_states: str, gradients: object) -> None:
     if propagate not in PROPAGATE:
         raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got {propagate!r}")
     if hidden_states not in get_args(HiddenStatesIn):
         raise ValueError(f"hidden_states must be one of {', '.join(get_args(HiddenStatesIn))}, got {hidden_states!r}")
     if isinstance(pattern, Unstructured) and pattern.scope == "global":
-        raise ValueError("sparsity with scope 'global' ranks all layers together, and streaming holds one block: use 'row'")
+        raise ValueError(
+            "sparsity with scope 'global' ranks all layers together, and streaming holds one block: use 'row'"
+        )
     if "G" in metric.uses and gradients is None:
         raise ValueError(
-            f"{metric.name} reads gradients, which need the whole model in memory: measure them on a machine that holds "
-            "it (trisparse.sparsity.gradients.gradient_norms(path=...)), and pass the file as gradients"
+            f"{metric.name} reads gradients, which need the whole model in memory: measure them on a machine that "
+            "holds it (trisparse.sparsity.gradients.gradient_norms(path=...)), and pass the file as gradients"
         )
-    if gradients is not None and not isinstance(gradients, str | PathLike):
+    if gradients is not None and not isinstance(gradients, str | Path):
         raise ValueError(f"gradients must be a file, got {type(gradients).__name__}")
 
 
@@ -200,6 +198,6 @@ def _check_outside(targets: Targets) -> None:
     outside = next((target.name for target in targets.found if target.block is None), None)
     if outside is not None:
         raise ValueError(
-            f"{outside} is outside of the repeated blocks, and its inputs are those of the whole model: exclude it, use a "
-            "method without data, or prune in memory"
+            f"{outside} is outside of the repeated blocks, and its inputs are those of the whole model: exclude it, "
+            "use a method without data, or prune in memory"
         )

@@ -66,7 +66,9 @@ def locate_model(model: str) -> tuple[Path, Any]:
     else:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        folder = Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
     with quiet_transformers():
         return folder, AutoTokenizer.from_pretrained(folder)
 

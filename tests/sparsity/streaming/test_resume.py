@@ -28,7 +28,9 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
     path = tmp_path_factory.mktemp("model")
     LlamaForCausalLM(config).save_pretrained(path)
     return path
@@ -204,7 +206,15 @@ def test_a_damaged_or_foreign_journal(tmp_path):
 
 def test_random_kills(tmp_path):
     """Real kill -9 of a process of its own; the record of twenty is bench/results/stream_kills.json."""
-    command = [sys.executable, "-m", "trisparse.bench.stream_kills", "--kills", "2", "--out", str(tmp_path / "kills.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "trisparse.bench.stream_kills",
+        "--kills",
+        "2",
+        "--out",
+        str(tmp_path / "kills.json"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
