@@ -106,7 +106,10 @@ def launched_processes() -> Iterator[Processes]:
         return
     opened = not distributed.is_initialized()
     if opened:
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        device = own_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL sends what is no tensor through the current device
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield running_processes()
     finally:
