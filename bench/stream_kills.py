@@ -30,7 +30,7 @@ from trisparse.sparsity.streaming.output import work_folder
 from trisparse.sparsity.streaming.stream import stream_sparsify
 
 RESULTS = Path("bench/results/stream_kills.json")
-_SHAPE = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
+_SHAPE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
 _BLOCKS = 6
 
 # Children are forked, so that torch is imported once. The parent computes nothing, which would start threads that a
@@ -114,8 +114,11 @@ def measure(kills: int, seed: int) -> list[dict[str, Any]]:
             same = content_of(out) == expected[mode] and not work_folder(out).exists()
             rows += [{**row, "same": same} for row in trial]
             for row in trial:
-                print(f"{row['hidden_states']:7} killed after {row['after_seconds']:.2f} s, {row['finished']} parts finished, "
-                      f"writing {', '.join(row['writing']) or 'nothing'}: {'same' if same else 'NOT the same'}", flush=True)  # fmt: skip
+                print(
+                    f"{row['hidden_states']:7} killed after {row['after_seconds']:.2f} s, {row['finished']} parts "
+                    f"finished, writing {', '.join(row['writing']) or 'nothing'}: {'same' if same else 'NOT the same'}",
+                    flush=True,
+                )
             shutil.rmtree(out)
     finally:
         shutil.rmtree(work)

@@ -30,7 +30,7 @@ from trisparse.env import environment
 RESULTS = Path("bench/results/stream_memory.json")
 _MB = 2**20
 _ALLOWED = 600 * _MB
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "hidden_size": 1536,
     "intermediate_size": 3520,
     "num_hidden_layers": 30,

@@ -111,7 +111,7 @@ def mask_entry(mask: Mask) -> dict[str, Any]:
 def checkpoint_info(
     model_class: str, entries: Mapping[str, Mapping[str, Any]], sha256: str, recipe: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Content of ``trisparse.json``: ``entries`` are the masks' (:func:`mask_entry`), ``sha256`` is over all of them."""
+    """Content of ``trisparse.json``: ``entries`` are the masks' (:func:`mask_entry`), ``sha256`` is over them all."""
     return {
         "version": _FORMAT_VERSION,
         "trisparse": version("trisparse"),

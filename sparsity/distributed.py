@@ -2,7 +2,8 @@
 
 Each one has the model (or streams it), runs its share of the micro-batches, and adds its sums to those of the others;
 from there on all of them select the same masks. Sums are fp64 (see ``InputStatistics``), so that their order does not
-show: the masks are those of one process with the same micro-batches.
+show: the masks are those of one process with the same micro-batches. Hessians of updates are fp32 sums: all processes
+have the same, and their masks are those of one process but for near ties.
 """
 
 from __future__ import annotations
@@ -111,7 +112,10 @@ def launched_processes() -> Iterator[Processes]:
         return
     opened = not distributed.is_initialized()
     if opened:
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        device = own_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL sends what is no tensor through the current device
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield running_processes()
     finally:

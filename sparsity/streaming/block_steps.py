@@ -79,8 +79,8 @@ class BlockSteps:
     def how_far(self) -> str:
         """A sentence on what is finished."""
         return (
-            f"{len(self.done)} of {len(self.source.parts)} parts are finished, in {self.output.work}; the same call goes on "
-            "from there"
+            f"{len(self.done)} of {len(self.source.parts)} parts are finished, in {self.output.work}; the same call "
+            "goes on from there"
         )
 
     def prune_without_data(self) -> None:
@@ -191,8 +191,8 @@ class BlockSteps:
             raise ValueError("data reaches none of the weights to prune: the model's forward does not use them")
         if len(chains) > 1:
             raise ValueError(
-                f"the model runs {len(chains)} stacks of blocks, and each batch would have to read the first one again to "
-                "reach the next: prune it in memory, or exclude all but one"
+                f"the model runs {len(chains)} stacks of blocks, and each batch would have to read the first one again "
+                "to reach the next: prune it in memory, or exclude all but one"
             )
         ((stack, chain),) = chains.items()
         try:
@@ -202,8 +202,8 @@ class BlockSteps:
             raise
         if not chain.passes_through:
             raise ValueError(
-                "the blocks return more than hidden states, so the model cannot be passed through without running them, "
-                "and each batch would have to read them all: prune it in memory"
+                "the blocks return more than hidden states, so the model cannot be passed through without running "
+                "them, and each batch would have to read them all: prune it in memory"
             )
         return stack, chain
 

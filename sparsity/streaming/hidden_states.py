@@ -1,4 +1,4 @@
-"""The hidden states of the calibration set between two blocks, one tensor for each micro-batch: in memory or on disk."""
+"""The hidden states of the calibration set between two blocks, by micro-batch: in memory or on disk."""
 
 from __future__ import annotations
 

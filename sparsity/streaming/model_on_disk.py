@@ -144,7 +144,8 @@ class ModelOnDisk:
         model.tie_weights()  # becoming empty has untied them
         if (self.folder / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
-        return model.eval()
+        model.eval()
+        return model
 
     def _assign_files(self) -> None:
         """Find the part of every weight in the files, by the name that transformers' loader gives it."""
@@ -203,7 +204,7 @@ class ModelOnDisk:
             dtype=dtype,
             dtype_plan=self.model._get_dtype_plan(dtype),
             device_map={"": self.device},
-            weight_mapping=self._conversions,
+            weight_mapping=self._conversions,  # type: ignore[arg-type]  # typed narrower than its sources
         )
         weights: dict[str, Tensor] = {}
         for file in sorted(set(files.values())):

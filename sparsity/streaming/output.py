@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -125,7 +126,7 @@ def work_folder(path: Path) -> Path:
 def join_safetensors(files: Sequence[Path], into: Path) -> None:
     """Write the tensors of all ``files`` into one, without reading them into memory; names must not repeat."""
     with into.open("wb") as target:
-        sources: list[BinaryIO] = []
+        sources: list[BufferedReader] = []
         try:
             header: dict[str, Any] = {}
             start = 0

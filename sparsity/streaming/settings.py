@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from importlib.metadata import version
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def settings_of(
     batches: Sequence[Batch],
     *,
     processes: Processes,
-    gradients: str | PathLike[str] | None,
+    gradients: str | Path | None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """The ``arguments`` of a call and what stands behind them, as values that JSON can hold.

@@ -1,7 +1,7 @@
 """``stream_sparsify(folder, out)``: prune a model that is larger than memory, from one folder to another.
 
-The blocks are run, measured and pruned by what :func:`trisparse.sparsity.sparsify.sparsify` uses, one at a time, so that
-the result is the same to the bit.
+The blocks are run, measured and pruned by what :func:`trisparse.sparsity.sparsify.sparsify` uses, one at a time, so
+that the result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ HiddenStatesIn = Literal["memory", "disk"]
 
 
 def stream_sparsify(
-    folder: str | PathLike[str],
-    out: str | PathLike[str],
+    folder: str | Path,
+    out: str | Path,
     sparsity: float | str | Pattern = "2:4",
     method: Method = "auto",
     data: Any = None,
     *,
     tokenizer: Any = None,
-    gradients: str | PathLike[str] | None = None,
+    gradients: str | Path | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     samples: int = 128,
@@ -67,9 +67,9 @@ def stream_sparsify(
 ) -> SparsityReport:
     """Prune the model in ``folder`` into the checkpoint ``out``, with one block and the hidden states in memory.
 
-    Weights and masks are those that ``sparsify`` gives with the same arguments, and ``out`` is what ``save`` writes, but
-    for one file of weights a block. A run that was killed goes on from its last finished block when the same call is
-    made again, and ends with the same bytes; its work lies in ``.NAME.streaming`` beside ``out`` until then.
+    Weights and masks are those that ``sparsify`` gives with the same arguments, and ``out`` is what ``save`` writes,
+    but for one file of weights a block. A run that was killed goes on from its last finished block when the same call
+    is made again, and ends with the same bytes; its work lies in ``.NAME.streaming`` beside ``out`` until then.
 
     Args:
         folder: a Hugging Face folder with safetensors, or a checkpoint of ours, whose masks are then replaced.
@@ -103,8 +103,8 @@ def stream_sparsify(
         pattern = spread.check(pattern)
         if spread.reads_inputs or spread.reads_weights:
             raise ValueError(
-                f"allocation {spread} weighs all layers together, and streaming holds one block: use uniform, uniform+, "
-                "erk or a PerLayer"
+                f"allocation {spread} weighs all layers together, and streaming holds one block: use uniform, "
+                "uniform+, erk or a PerLayer"
             )
     update = checked_update(update, damping, metric, has_data=data is not None)
     processes = running_processes() if distributed else ALONE
@@ -162,13 +162,15 @@ def stream_sparsify(
             check_update([target], pruning.pattern_of(target))
     on_use = pruning.prune_on_use if propagate == "linear" else None
     runner = BlockRunner(propagate, dtype, device, on_use=on_use, hessians=update is not None, processes=processes)
-    shown_pattern = "mixed" if isinstance(spread, PerLayer) else str(pattern)
+    texts = {str(pattern)}
+    if allocated is not None and isinstance(spread, PerLayer):
+        texts = {str(one) for one in allocated.patterns.values()}
     step = {
         "step": "prune",
         "stream": True,
         **(recipe or {}),
         "seed": seed,
-        "pattern": shown_pattern,
+        "pattern": texts.pop() if len(texts) == 1 else "mixed",
         "method": _shown(metric),
         "allocation": None if spread is None else str(spread),
         "update": update,
@@ -226,10 +228,10 @@ def _check_arguments(pattern: Pattern, metric: Metric, propagate: str, hidden_st
         )
     if "G" in metric.uses and gradients is None:
         raise ValueError(
-            f"{metric.name} reads gradients, which need the whole model in memory: measure them on a machine that holds "
-            "it (trisparse.sparsity.gradients.gradient_norms(path=...)), and pass the file as gradients"
+            f"{metric.name} reads gradients, which need the whole model in memory: measure them on a machine that "
+            "holds it (trisparse.sparsity.gradients.gradient_norms(path=...)), and pass the file as gradients"
         )
-    if gradients is not None and not isinstance(gradients, str | PathLike):
+    if gradients is not None and not isinstance(gradients, str | Path):
         raise ValueError(f"gradients must be a file, got {type(gradients).__name__}")
 
 
@@ -237,6 +239,6 @@ def _check_outside(targets: Targets) -> None:
     outside = next((target.name for target in targets.found if target.block is None), None)
     if outside is not None:
         raise ValueError(
-            f"{outside} is outside of the repeated blocks, and its inputs are those of the whole model: exclude it, use a "
-            "method without data, or prune in memory"
+            f"{outside} is outside of the repeated blocks, and its inputs are those of the whole model: exclude it, "
+            "use a method without data, or prune in memory"
         )

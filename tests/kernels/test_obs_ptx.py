@@ -6,7 +6,6 @@ The same figures, for more cases, go to bench/results by `python -m trisparse.be
 import os
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 from trisparse.bench.bounds_obs import bound

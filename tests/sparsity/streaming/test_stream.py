@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from trisparse.sparsity.allocation import PerLayer
 from trisparse.sparsity.capture import Chain
 from trisparse.sparsity.checkpoint import CheckpointError, load, read_info, save
 from trisparse.sparsity.gradient_statistics import GradientInfo, GradientStatistics
@@ -92,6 +93,32 @@ def test_equals_sparsify(folder_of, batches, tmp_path, name, propagate, hidden_s
 @pytest.mark.parametrize("name", ["llama-tied", "gpt-oss", "gemma3"])
 def test_equals_sparsify_for_other_architectures(folder_of, batches, tmp_path, name):
     compare(folder_of(name), tmp_path, "2:4", "wanda", batches)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "method", "options"),
+    [
+        ("50%", "sparsegpt", {}),
+        ("2:4", "wanda", {"update": "sequential", "propagate": "dense", "damping": 0.1}),
+        ("60%", "wanda", {"allocation": "erk"}),
+        ("60%", "sparsegpt", {"allocation": PerLayer({"*.mlp.*": "2:4", "*.layers.1.self_attn.*": "dense"})}),
+    ],
+    ids=["sparsegpt", "update", "erk", "mixed"],
+)
+def test_updates_and_allocations(folder_of, batches, tmp_path, sparsity, method, options):
+    report, expected = compare(folder_of("llama"), tmp_path, sparsity, method, batches, **options)
+    for name in ("pattern", "method", "update", "allocation", "left_dense", "sparsity"):
+        assert getattr(report, name) == getattr(expected, name)
+    (step,) = read_info(tmp_path / "streamed")["recipe"]
+    assert (step["update"], step["allocation"], step["pattern"]) == (report.update, report.allocation, report.pattern)
+    assert step.get("damping") == (None if report.update is None else options.get("damping", 0.01))
+
+
+@pytest.mark.parametrize("allocation", ["owl", "lamp", "global"])
+def test_allocations_that_weigh_all_layers_are_refused(folder_of, batches, tmp_path, allocation):
+    with pytest.raises(ValueError, match="weighs all layers together, and streaming holds one block"):
+        stream_sparsify(folder_of("llama"), tmp_path / "out", "60%", "wanda", batches, allocation=allocation)
+    assert not (tmp_path / "out").exists()
 
 
 def test_linear_propagation_in_one_file_of_bf16(folder_of, tokens, tmp_path):
@@ -257,7 +284,8 @@ def test_damaged_folders(folder_of, batches, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
         stream_sparsify(folder, tmp_path / "out", "50%", "wanda", batches, progress=False)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["dense"]
+    assert not (tmp_path / "out").exists()
+    assert work_folder(tmp_path / "out").exists() == ("NaN" in message)  # a block before it was finished by then
 
 
 def test_architectures_that_are_refused(folder_of, batches, tmp_path):
