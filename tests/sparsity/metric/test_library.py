@@ -178,10 +178,12 @@ def test_a_method_is_a_name_an_expression_a_file_or_a_metric(tmp_path):
     [
         ("wandaa", "got 'wandaa'; did you mean 'wanda'?"),
         (
-            "sparsegpt",
-            "method must be one of auto, magnitude, wanda, pruner-zero, gblm, snip, ria, searched-smollm2, random, an "
-            "expression",
+            "optimal",
+            "method must be one of auto, magnitude, wanda, pruner-zero, gblm, snip, ria, searched-smollm2, random, "
+            "sparsegpt, an expression",
         ),
+        ("sparse-gpt", "got 'sparse-gpt'; did you mean 'sparsegpt'?"),
+        ("sparsegpt", "'sparsegpt' ranks by the layers' inputs: pass data"),
         ("abs(W", "method: expected ')' to close"),
         ("", "method: the expression is empty"),
         ("wanda", "'wanda' ranks by the layers' inputs: pass data"),
