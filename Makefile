@@ -27,6 +27,7 @@ lint: $(VENV)/.demo ## ruff and mypy --strict
 
 bench: $(VENV)/.demo ## selection on this CPU against the usual implementations
 	$(BIN)/python -m trisparse.bench.selection
+	$(BIN)/python -m trisparse.bench.obs_block
 
 figure: $(VENV)/.demo ## docs/perplexity.png: perplexity against sparsity on SmolLM2
 	$(BIN)/python -m trisparse.bench.perplexity_curve

@@ -35,7 +35,7 @@ FP32_FLOPS_PER_US = 19.5e6
 COLS = 4096
 
 
-def bound(rows: int, n: int, m: int, *, by_columns: bool = False, ctas: int | None = 4) -> dict[str, Any]:
+def bound(rows: int, n: int, m: int, *, by_columns: bool = False, ctas: int | None = 2) -> dict[str, Any]:
     """The counts of one block in place; with ``ctas``, of so many programs, scaled."""
     block = MAX_BLOCK
     generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from trisparse.kernels import bitmask, nm, select, threshold
+from trisparse.kernels import bitmask, nm, obs, select, threshold
 from trisparse.kernels.launch import using
 from trisparse.kernels.nm import meta_2_4, select_nm
 from trisparse.kernels.select import select_rows
@@ -51,6 +51,11 @@ def registered():
     yield threshold._FUNCTIONAL, ([w[:0], w[:, :0]], 0, [None, None], True, "packed")
     masks = [torch.empty(6, 6, dtype=torch.uint8) for _ in range(2)]
     yield threshold._IN_PLACE, ([w.clone(), strided.half()], masks, 99, [x, None], True, "packed")
+    factor = torch.eye(48) + 0.1 * normal(48, 48).triu(1)
+    yield obs._FUNCTIONAL, (strided, factor, w > 0, 0, 0)
+    yield obs._FUNCTIONAL, (normal(48, 6).t(), factor, None, 2, 4)
+    yield obs._IN_PLACE, (strided.clone(), factor, None, 2, 4)
+    yield obs._IN_PLACE, (w.clone(), factor, strided > 0, 0, 0)
     yield bitmask._PACK, (strided > 0,)
     yield bitmask._UNPACK, (packed, 47)
     yield bitmask._COUNT, (packed,)
