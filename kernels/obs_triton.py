@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc, var-annotated"
 # ruff: noqa: RUF005 (the forms that Triton compiles)
 """Triton kernel of the OBS update of one block; the operation and its reference are in kernels/obs.py.
 
