@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,8 @@ def random_factor(block: int) -> Tensor:
     """The upper Cholesky factor of the inverse of a random, damped Hessian."""
     x = torch.randn(2 * block, block, generator=torch.Generator().manual_seed(0))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(x.T @ x / block + 0.1 * torch.eye(block)))
-    return torch.linalg.cholesky(inverse).T.contiguous()
+    factor: Tensor = torch.linalg.cholesky(inverse)
+    return factor.T.contiguous()
 
 
 def compare(rows: int, pattern: tuple[int, int] | None, by_columns: bool, repeats: int) -> dict[str, Any]:
@@ -40,9 +40,15 @@ def compare(rows: int, pattern: tuple[int, int] | None, by_columns: bool, repeat
     weight = torch.randn(rows, 4 * block + 64, generator=generator)[:, block : 2 * block]
     weight = weight.t().contiguous().t() if by_columns else weight
     mask = torch.rand(rows, block, generator=generator) < 0.5 if pattern is None else None
-    arguments = {"factor": random_factor(block), "mask": mask}
-    arguments |= {} if pattern is None else dict(zip(("n", "m"), pattern, strict=True))
-    ours, loop = partial(obs_block, **arguments), partial(obs_block_ref, **arguments)
+    factor = random_factor(block)
+    n, m = pattern or (None, None)
+
+    def ours(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return obs_block(w, factor, mask, n, m)
+
+    def loop(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return obs_block_ref(w, factor, mask, n, m)
+
     found, expected = ours(weight), loop(weight)
     if not torch.equal(found[2], expected[2]):
         raise RuntimeError(f"{rows} rows, {pattern}: our mask is not the reference's")

@@ -37,6 +37,7 @@ from trisparse.kernels.score import check_inner, check_writable
 
 MAX_BLOCK = 128  # columns
 _SUB_BLOCK, _SUPER_BLOCK = 8, 32  # columns, on the CPU; the least of its time at 576 to 4096 rows
+_KERNEL_M = 16  # the kernel unrolls all comparisons of a group, 496 for 32: it compiled for minutes without an end
 
 Array = npt.NDArray[Any]
 
@@ -80,7 +81,7 @@ def obs_block(
             diagonal block of U for these columns, UᵀU = H⁻¹. What lies below the diagonal is not read.
         mask: [rows, block] bool, True = kept, stored by rows or by columns; None to choose n:m.
         n: how many to keep of each group, 1 <= n < m, where ``mask`` is None.
-        m: the size of a group, at most 32; the block is a multiple of it.
+        m: the size of a group, at most 32; the block is a multiple of it. On a device, more than 16 take the reference.
         in_place: write the new weights to ``weight``.
 
     Returns:
@@ -134,7 +135,7 @@ def _update(
     weight: Tensor, factor: Tensor, mask: Tensor | None, n: int, m: int, updated: Tensor, errors: Tensor, chosen: Tensor
 ) -> None:
     """Fill ``updated`` (which may be ``weight``), ``errors`` and, without a mask, ``chosen``."""
-    if by_kernel(weight):
+    if by_kernel(weight) and m <= _KERNEL_M:
         from trisparse.kernels.obs_triton import obs_block_triton  # Triton is there on Linux only
 
         obs_block_triton(weight, factor, mask, n, m, updated, errors, chosen)
