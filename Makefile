@@ -18,7 +18,7 @@ demo-quick: $(VENV)/.demo ## the same with less data
 	$(BIN)/trisparse demo --quick
 
 test: $(VENV)/.demo ## install, then run all tests with coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 lint: $(VENV)/.demo ## ruff and mypy --strict
 	$(BIN)/ruff check .

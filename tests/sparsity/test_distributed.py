@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,12 +28,11 @@ TOKENS = torch.randint(0, 96, (6, 16), generator=torch.Generator().manual_seed(1
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The folder in which two processes have pruned, what each one found, and what they printed."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    import conftest
-
-    sys.path.pop(0)
+    spec = importlib.util.spec_from_file_location("conftest_of_sparsity", Path(__file__).with_name("conftest.py"))
+    models_of_tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models_of_tests)
     folder = tmp_path_factory.mktemp("launched")
-    conftest.make_model("llama").save_pretrained(folder / "llama")
+    models_of_tests.make_model("llama").save_pretrained(folder / "llama")
     words = [f"w{i}" for i in range(96)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
