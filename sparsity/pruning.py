@@ -218,8 +218,14 @@ class Pruning:
         if earlier is not None:
             gone = (~earlier.matrix(target.weight.device) & (target.matrix() == 0)).chunk(target.parts)
 
+        whole: list[Score] | None = None
+
         def score(first: int, end: int) -> list[Score]:
-            scores = [s.columns(first, end) for s in self._measured(target, parts, x, generator)]
+            nonlocal whole
+            # Scores that read the weights themselves, as |W| X does, follow an update; all others are made anew.
+            if whole is None or any(s.weight is not part for s, part in zip(whole, parts, strict=True)):
+                whole = self._measured(target, parts, x, generator)
+            scores = [s.columns(first, end) for s in whole]
             if gone is None:
                 return scores
             return [

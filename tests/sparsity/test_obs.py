@@ -8,7 +8,7 @@ from torch import nn
 
 from trisparse.sparsity import obs
 from trisparse.sparsity.hessian import add_gram, factorise
-from trisparse.sparsity.mask import Mask, check_masks, masks
+from trisparse.sparsity.mask import check_masks, masks
 from trisparse.sparsity.metric import Score
 from trisparse.sparsity.obs import prune_and_update, update_kept
 from trisparse.sparsity.pattern import NM, Rows, Unstructured, kept_of, parse_pattern
@@ -328,28 +328,6 @@ def test_weights_pruned_before_stay_pruned(model_named, tokens, monkeypatch, met
     for name, mask in masks(model).items():
         assert not (mask.matrix() & ~before[name]).any()
     check_masks(model)
-
-
-def test_groups_of_a_pruned_model_are_scored_once_each(monkeypatch):
-    layer = linear(*torch.randn(6, 48, generator=torch.Generator().manual_seed(0)).tolist())
-    run(layer, "2:4", "magnitude", None)
-    scored, unpacked = [], []
-    materialise, matrix = Score.materialise, Mask.matrix
-    monkeypatch.setattr(Score, "materialise", lambda self: scored.append(self.weight.shape) or materialise(self))
-    monkeypatch.setattr(Mask, "matrix", lambda self, *device: unpacked.append(self.shape) or matrix(self, *device))
-    run(layer, "1:4", "sparsegpt", [torch.randn(99, 48, generator=torch.Generator().manual_seed(1))])
-    assert scored == [(6, 4)] * 12
-    assert len(unpacked) == 1
-
-
-def test_a_weight_pruned_before_is_not_kept_for_its_update(monkeypatch):
-    monkeypatch.setattr(obs, "MAX_BLOCK", 2)
-    layer = linear([4.0, 4.5, 1.0, 5.0])
-    run(layer, "25%", "magnitude", None)
-    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    x[:, 2] = x[:, 0] / 2 + 0.01 * x[:, 2]  # pruning the first weight, 4, makes the third one 8
-    run(layer, "50%", "magnitude", [x], update="iterative")
-    assert masks(layer)["weight"].matrix().tolist() == [[False, True, False, True]]
 
 
 def test_convolutions(model_named):
