@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from trisparse.kernels.metric import compile_metric
 from trisparse.sparsity import obs
 from trisparse.sparsity.mask import Mask, attach, mask_of
-from trisparse.sparsity.metric import Score
+from trisparse.sparsity.metric import Metric, Score
 from trisparse.sparsity.pattern import Unstructured
 from trisparse.sparsity.sparsify import sparsify
 
@@ -68,3 +70,9 @@ def test_groups_are_scored_once_each(monkeypatch):
     sparsify(layer, "1:4", "sparsegpt", [x], progress=False)
     assert scored == [(6, 4)] * 12
     assert len(unpacked) == 1
+
+
+def test_a_metric_inside_kernels_has_no_columns():
+    score = Score(torch.ones(2, 4), metric=compile_metric(Metric.parse("zsn(W)").root))
+    with pytest.raises(ValueError, match="a metric reads whole matrices"):
+        score.columns(0, 2)
