@@ -39,6 +39,11 @@ UPDATES: tuple[str, ...] = get_args(Update)
 Choose = Callable[[int, int], Sequence[Tensor | None]]
 """(first, end) of a block of columns -> for each part its mask, bool [rows, block]; None chooses n:m while updating."""
 
+ScoreOf = Callable[[int, int], Sequence[Score]]
+"""(first, end) of columns -> for each part the scores of these columns, of its weights as they are when it is called.
+
+Scores are products, without a metric of their own (`Score.metric`)."""
+
 
 def check_update(targets: Sequence[Target], pattern: Pattern) -> None:
     """Check that weights pruned by ``pattern`` can be updated.
@@ -74,7 +79,7 @@ def prune_and_update(
     weights: Sequence[Tensor],
     factors: Sequence[Factor],
     pattern: Pattern,
-    score: Callable[[], Sequence[Score]],
+    score: ScoreOf,
     *,
     by_group: bool = False,
     forced: bool = False,
@@ -85,7 +90,7 @@ def prune_and_update(
         weights: of each part, fp32 [rows, cols], contiguous.
         factors: of each part's Hessian.
         pattern: row, balanced or layer scope, or n:m.
-        score: the scores of ``weights`` as they are when it is called.
+        score: the scores of columns of ``weights``; asked for no column that is final.
         by_group: choose each group of an n:m pattern when the update has come to it, not once a block.
         forced: ``score`` is more than |w| / U_jj, so that ``by_group`` has to ask for it in each group.
 
@@ -98,55 +103,76 @@ def prune_and_update(
             return _run(weights, factors, lambda first, end: [None] * len(weights), MAX_BLOCK // m * m, n, m)
 
         def choose_nm(first: int, end: int) -> Sequence[Tensor]:
-            return [select_nm(s.weight, n, m, x=s.x, absolute=s.absolute) for s in _columns(score(), first, end)]
+            return [select_nm(s.weight, n, m, x=s.x, absolute=s.absolute) for s in score(first, end)]
 
         return _run(weights, factors, choose_nm, m if by_group else MAX_BLOCK // m * m)
     assert isinstance(pattern, Unstructured)
-    return _run(weights, factors, _Budget(weights, pattern, score).choose, MAX_BLOCK)
+    budget = _LayerBudget if pattern.scope == "layer" else _RowBudgets
+    return _run(weights, factors, budget(weights, pattern, score).choose, MAX_BLOCK)
 
 
-class _Budget:
-    """Spends the exact budget of a row or layer on its blocks, from left to right.
+# A budget is spent on blocks of columns from left to right: at each block, all columns from there on compete for what
+# is left of it, with their scores as of now, and the block keeps those of its weights that win. Published code gives
+# each block the same share instead, which costs perplexity: docs/sparsegpt.md.
 
-    At each block, all columns from there on compete for what is left of the budget, with their scores as of now, and
-    the block keeps those of its weights that win. Published code gives each block the same share instead, which costs
-    perplexity: docs/sparsegpt.md.
+
+class _LayerBudget:
+    """Spends the exact budget of a layer."""
+
+    def __init__(self, weights: Sequence[Tensor], pattern: Unstructured, score: ScoreOf) -> None:
+        self._score = score
+        self._cols = weights[0].shape[1]
+        self._left = kept_of(sum(weight.numel() for weight in weights), pattern.sparsity)
+
+    def choose(self, first: int, end: int) -> list[Tensor]:
+        rest = self._score(first, self._cols)
+        keeps = select_global(
+            [s.weight for s in rest], self._left, xs=[s.x for s in rest], absolute=all(s.absolute for s in rest)
+        )
+        chosen = [keep[:, : end - first] for keep in keeps]
+        self._left -= sum(int(keep.count_nonzero()) for keep in chosen)
+        return chosen
+
+
+class _RowBudgets:
+    """Spends the exact budget of each row.
+
+    What is left of it differs from row to row, and a selection takes one k for all rows: so the decided columns stay,
+    with scores by which they take their part of the budget.
     """
 
-    def __init__(self, weights: Sequence[Tensor], pattern: Unstructured, score: Callable[[], Sequence[Score]]) -> None:
+    def __init__(self, weights: Sequence[Tensor], pattern: Unstructured, score: ScoreOf) -> None:
         self._pattern = pattern
         self._score = score
         self._held = [torch.empty_like(weight) for weight in weights]
         self._keeps = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
         self._decided = 0
+        self._won, self._lost = (weights[0].new_tensor(value) for value in (torch.inf, -torch.inf))
 
     def choose(self, first: int, end: int) -> list[Tensor]:
         last = slice(self._decided, first)
-        rest = _columns(self._score(), first, self._held[0].shape[1])
+        rest = self._score(first, self._held[0].shape[1])
         for held, score, keep in zip(self._held, rest, self._keeps, strict=True):
-            # Decided columns win or lose against all others, so that they take their part of the budget.
-            held[:, last] = torch.where(keep[:, last], torch.inf, -torch.inf)
-            held[:, first:] = score.materialise()
+            torch.where(keep[:, last], self._won, self._lost, out=held[:, last])
+            open_ = held[:, first:]
+            if score.absolute:
+                torch.abs(score.weight, out=open_)
+            else:
+                open_.copy_(score.weight)
+            if score.x is not None:
+                open_.mul_(score.x)
             if not score.absolute:
-                held[:, first:].clamp_(min=torch.finfo(torch.float32).min)
+                open_.clamp_(min=torch.finfo(torch.float32).min)  # above the decided columns that lost
         self._decided = first
-        if self._pattern.scope == "layer":
-            kept = kept_of(sum(held.numel() for held in self._held), self._pattern.sparsity)
-            self._keeps = select_global(self._held, kept, absolute=False)
-        else:
-            k, more = kept_per_row(self._pattern, sum(len(held) for held in self._held), self._held[0].shape[1])
-            self._keeps = []
-            for held in self._held:
-                first_rows = min(more, len(held))
-                more -= first_rows
-                sections = ((held[:first_rows], k + 1), (held[first_rows:], k))
-                chosen = [select_rows(w, count, absolute=False) for w, count in sections if len(w)]
-                self._keeps.append(torch.cat(chosen) if len(chosen) > 1 else chosen[0])
+        k, more = kept_per_row(self._pattern, sum(len(held) for held in self._held), self._held[0].shape[1])
+        self._keeps = []
+        for held in self._held:
+            first_rows = min(more, len(held))
+            more -= first_rows
+            sections = ((held[:first_rows], k + 1), (held[first_rows:], k))
+            chosen = [select_rows(w, count, absolute=False) for w, count in sections if len(w)]
+            self._keeps.append(torch.cat(chosen) if len(chosen) > 1 else chosen[0])
         return [keep[:, first:end] for keep in self._keeps]
-
-
-def _columns(scores: Sequence[Score], first: int, end: int) -> list[Score]:
-    return [Score(s.weight[:, first:end], None if s.x is None else s.x[first:end], s.absolute) for s in scores]
 
 
 def _run(

@@ -16,7 +16,7 @@ from trisparse.sparsity.hessian import Factor
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.mask import Mask, attach, from_matrix, mask_of
 from trisparse.sparsity.metric import SPARSEGPT, Metric, Score
-from trisparse.sparsity.obs import Update, prune_and_update, update_kept
+from trisparse.sparsity.obs import ScoreOf, Update, prune_and_update, update_kept
 from trisparse.sparsity.pattern import Pattern, Rows, Unstructured
 from trisparse.sparsity.progress import Advance
 from trisparse.sparsity.report import TargetReport
@@ -153,7 +153,7 @@ class Pruning:
                 parts,
                 factors,
                 pattern,
-                lambda: self._scores(target, x, generator, updated=parts),
+                self._scores_while_updating(target, parts, x, generator),
                 by_group=own,
                 forced=mask_of(target.module, target.param) is not None,
             )
@@ -173,28 +173,16 @@ class Pruning:
             raise ValueError(f"the inputs of {target.name} overflow on the calibration data")
 
     def _scores(
-        self,
-        target: Target,
-        x: Tensor | None,
-        generator: torch.Generator,
-        *,
-        fused: bool = True,
-        updated: Sequence[Tensor] | None = None,
+        self, target: Target, x: Tensor | None, generator: torch.Generator, *, fused: bool = True
     ) -> list[Score]:
-        """Scores of the parts of ``target``, or of their weights as ``updated`` so far."""
+        """Scores of the parts of ``target``."""
         self._check_inputs(target, x)
-        parts = target.matrix().chunk(target.parts) if updated is None else updated
-        xs = [None] * target.parts if x is None else list(x)
-        gs = self._gradient_parts(target)
+        parts = target.matrix().chunk(target.parts)
         earlier = mask_of(target.module, target.param)
         # Kernels select by the metric itself, unless scores are changed below.
         pattern = self.pattern_of(target)
-        fused = fused and updated is None and by_kernel(target.weight) and earlier is None
-        fused = fused and not isinstance(pattern, Rows)
-        try:
-            scores = [self.metric.score(w, x, g, generator, fused=fused) for w, x, g in zip(parts, xs, gs, strict=True)]
-        except ValueError as error:
-            raise ValueError(f"{target.name}: {error}") from None
+        fused = fused and by_kernel(target.weight) and earlier is None and not isinstance(pattern, Rows)
+        scores = self._measured(target, parts, x, generator, fused=fused)
         by_norm = isinstance(pattern, Rows) and not scores[0].absolute
         if by_norm and any(bool((score.weight < 0).any()) for score in scores):
             raise ValueError(
@@ -205,18 +193,64 @@ class Pruning:
         # the weight itself is 0.
         kept = None if earlier is None else earlier.matrix(target.weight.device).chunk(target.parts)
         if kept is not None and (
-            updated is not None
-            or not scores[0].absolute
+            not scores[0].absolute
             or scores[0].x is not None
             or any(bool(((w == 0) & part).any()) for w, part in zip(parts, kept, strict=True))
         ):
-            before = parts if updated is None else target.matrix().chunk(target.parts)
             least = 0.0 if isinstance(pattern, Rows) else -torch.inf  # rows are ranked by a norm
             scores = [
                 Score(score.materialise().masked_fill(~part & (w == 0), least), absolute=False)
-                for score, part, w in zip(scores, kept, before, strict=True)
+                for score, part, w in zip(scores, kept, parts, strict=True)
             ]
         return scores
+
+    def _scores_while_updating(
+        self, target: Target, parts: Sequence[Tensor], x: Tensor | None, generator: torch.Generator
+    ) -> ScoreOf:
+        """Scores of columns of ``parts``, the weights of ``target`` as updated so far.
+
+        Weights pruned before go first again, whatever an update makes of them: they are those that are zero now,
+        before any update.
+        """
+        self._check_inputs(target, x)
+        earlier = mask_of(target.module, target.param)
+        gone = None
+        if earlier is not None:
+            gone = (~earlier.matrix(target.weight.device) & (target.matrix() == 0)).chunk(target.parts)
+
+        whole: list[Score] | None = None
+
+        def score(first: int, end: int) -> list[Score]:
+            nonlocal whole
+            # Scores that read the weights themselves, as |W| X does, follow an update; all others are made anew.
+            if whole is None or any(s.weight is not part for s, part in zip(whole, parts, strict=True)):
+                whole = self._measured(target, parts, x, generator)
+            scores = [s.columns(first, end) for s in whole]
+            if gone is None:
+                return scores
+            return [
+                Score(s.materialise().masked_fill(pruned[:, first:end], -torch.inf), absolute=False)
+                for s, pruned in zip(scores, gone, strict=True)
+            ]
+
+        return score
+
+    def _measured(
+        self,
+        target: Target,
+        parts: Sequence[Tensor],
+        x: Tensor | None,
+        generator: torch.Generator,
+        *,
+        fused: bool = False,
+    ) -> list[Score]:
+        """What the metric says of the weights in ``parts``."""
+        xs = [None] * target.parts if x is None else list(x)
+        gs = self._gradient_parts(target)
+        try:
+            return [self.metric.score(w, x, g, generator, fused=fused) for w, x, g in zip(parts, xs, gs, strict=True)]
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from None
 
     def _gradient_parts(self, target: Target) -> Sequence[Tensor | None]:
         norm = None if self.gradients is None else self.gradients.norm(target)

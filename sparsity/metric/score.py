@@ -34,3 +34,13 @@ class Score:
         score = self.weight.float()
         score = score.abs() if self.absolute else score
         return score if self.x is None else score * self.x
+
+    def columns(self, first: int, end: int) -> Score:
+        """The score of the columns ``first`` to ``end``, of a product; a metric may read the whole matrix.
+
+        Raises:
+            ValueError: it is a metric.
+        """
+        if self.metric is not None:
+            raise ValueError("a metric reads whole matrices: its score has no columns of its own")
+        return Score(self.weight[:, first:end], None if self.x is None else self.x[first:end], self.absolute)

@@ -104,7 +104,7 @@ def test_iterative_choice_equals_a_plain_loop(monkeypatch, scope, block):
     size = x.square().mean(0).sqrt()
     updated = weight.clone()
     pattern = Unstructured(0.6, scope)
-    (keep,) = prune_and_update([updated], [factor], pattern, lambda: [Score(updated, size)])
+    (keep,) = prune_and_update([updated], [factor], pattern, lambda *columns: [Score(updated, size).columns(*columns)])
     plain = weight.clone()
     decided = torch.zeros(weight.shape, dtype=torch.bool)
     for first in range(0, 22, block):
@@ -130,7 +130,7 @@ def test_sparsegpt_chooses_each_group_after_the_update(n, m):
             [updated],
             [factor],
             NM(n, m),
-            lambda updated=updated: [Score(updated, scale)],
+            lambda first, end, updated=updated: [Score(updated, scale).columns(first, end)],
             by_group=True,
             forced=forced,
         )
@@ -173,11 +173,11 @@ def test_budgets_are_exact(rows, groups, m, sparsity, kind, parts, seed, coarse,
     # Weights pruned before have the least of all scores; some have to be kept at a low sparsity.
     before = [weight < -0.2 for weight in weights]
 
-    def score():
+    def score(first, end):
         if not gone:
-            return [Score(w) for w in weights]
-        pairs = zip(weights, before, strict=True)
-        return [Score(w.abs().masked_fill(pruned, -torch.inf), absolute=False) for w, pruned in pairs]
+            return [Score(w).columns(first, end) for w in weights]
+        pairs = ((w[:, first:end].abs(), pruned[:, first:end]) for w, pruned in zip(weights, before, strict=True))
+        return [Score(w.masked_fill(pruned, -torch.inf), absolute=False) for w, pruned in pairs]
 
     with mock.patch.object(obs, "MAX_BLOCK", block):
         keeps = prune_and_update(weights, factors, pattern, score, by_group=kind == "nm by group", forced=gone)
@@ -202,14 +202,28 @@ def test_budget_is_exact_where_scores_fall_to_minus_infinity(monkeypatch, scope)
     weight, _, factor = problem(3, 12)
     calls = []
 
-    def score():
-        calls.append(1)
+    def score(first, end):
+        calls.append((first, end))
         fallen = torch.full_like(weight, -torch.inf) if len(calls) > 1 else weight.abs()
-        return [Score(fallen, absolute=False)]
+        return [Score(fallen, absolute=False).columns(first, end)]
 
     (keep,) = prune_and_update([weight], [factor], Unstructured(0.5, scope), score)
-    assert len(calls) == 3
+    assert calls == [(0, 12), (4, 12), (8, 12)]
     assert keep.sum() == 18
+
+
+def test_infinite_scores_take_no_more_than_is_left_of_a_layer(monkeypatch):
+    # the second row's first weight is decided; the infinite scores of the first row come before it
+    monkeypatch.setattr(obs, "MAX_BLOCK", 2)
+    weight, _, factor = problem(2, 4)
+    first_scores = torch.tensor([[0.0, 0.0, 1.0, 0.5], [9.0, 0.0, 0.0, 0.0]])
+    then = torch.tensor([[0.0, 0.0, torch.inf, torch.inf], [9.0, 0.0, 0.0, 0.0]])
+
+    def score(first, end):
+        return [Score(then if first else first_scores, absolute=False).columns(first, end)]
+
+    (keep,) = prune_and_update([weight], [factor], Unstructured(0.75, "layer"), score)
+    assert keep.int().tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
 
 
 MODES = [
@@ -314,16 +328,6 @@ def test_weights_pruned_before_stay_pruned(model_named, tokens, monkeypatch, met
     for name, mask in masks(model).items():
         assert not (mask.matrix() & ~before[name]).any()
     check_masks(model)
-
-
-def test_a_weight_pruned_before_is_not_kept_for_its_update(monkeypatch):
-    monkeypatch.setattr(obs, "MAX_BLOCK", 2)
-    layer = linear([4.0, 4.5, 1.0, 5.0])
-    run(layer, "25%", "magnitude", None)
-    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    x[:, 2] = x[:, 0] / 2 + 0.01 * x[:, 2]  # pruning the first weight, 4, makes the third one 8
-    run(layer, "50%", "magnitude", [x], update="iterative")
-    assert masks(layer)["weight"].matrix().tolist() == [[False, True, False, True]]
 
 
 def test_convolutions(model_named):
