@@ -140,7 +140,7 @@ def stream_sparsify(
     settings = settings_of(
         source,
         batches,
-        sparsity=str(pattern),
+        sparsity=repr(pattern),  # exact, where str() has six digits
         method=str(metric),
         include=include,
         exclude=exclude,
@@ -149,8 +149,8 @@ def stream_sparsify(
         dtype=str(dtype),
         hidden_states=hidden_states if reads_inputs else None,
         gradients=gradients,
-        allocation=None if spread is None else str(spread),
-        patterns=None if allocated is None else {name: str(one) for name, one in allocated.patterns.items()},
+        allocation=None if spread is None else repr(spread),
+        patterns=None if allocated is None else {name: repr(one) for name, one in allocated.patterns.items()},
         update=update,
         damping=None if update is None else damping,
         recipe=dict(recipe or {}),
@@ -182,6 +182,8 @@ def stream_sparsify(
     }
     if update is not None:
         step["damping"] = damping
+    if dtype is not None:
+        step["dtype"] = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
     label = f"{metric.name} {pattern}"
     with progress_bar(label, len(targets.found), enabled=progress) as advance, ExitStack() as stack:
         steps = BlockSteps(source, targets, pruning, Output(out, len(source.parts)), settings, processes, advance)

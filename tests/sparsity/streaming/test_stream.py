@@ -303,7 +303,15 @@ def test_damaged_folders(folder_of, batches, tmp_path, damage, message):
     with pytest.raises(ValueError, match=message):
         stream_sparsify(folder, tmp_path / "out", "50%", "wanda", batches, progress=False)
     assert not (tmp_path / "out").exists()
-    assert work_folder(tmp_path / "out").exists() == ("NaN" in message)  # a block before it was finished by then
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_broken_weights_without_data_are_found_in_their_turn(folder_of, tmp_path):
+    folder = folder_of("llama", shard="1GB")
+    rewrite(folder, lambda w: w[UP].fill_(float("inf")))
+    with pytest.raises(ValueError, match=f"NaN or Inf weights: {UP}") as error:
+        stream_sparsify(folder, tmp_path / "out", "50%", "magnitude", progress=False)
+    assert "2 of 4 parts are finished" in error.value.__notes__[-1]
 
 
 def test_architectures_that_are_refused(folder_of, batches, tmp_path):
