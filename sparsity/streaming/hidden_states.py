@@ -11,7 +11,6 @@ from torch import Tensor
 
 from trisparse.sparsity.streaming.journal import sync
 
-
 _COMPLETE = "complete"  # a file that appears when all micro-batches are there
 
 

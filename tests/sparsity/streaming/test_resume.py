@@ -145,7 +145,7 @@ def test_hidden_states_that_were_removed_are_computed_again(folder, tmp_path, mo
         patched.setattr(ModelOnDisk, "loaded", watched)
         with pytest.raises(Killed):
             prune(folder, tmp_path / "out", hidden_states="disk")
-    # Outside of the blocks, the finished block once more, and the next one, with nothing left of what entered the first.
+    # Outside of the blocks, the finished block once more, and the next one; what entered the first is gone by then.
     assert held == [(0, []), (1, ["behind--1"]), (2, ["behind-0"])]
     prune(folder, tmp_path / "out", hidden_states="disk")
     assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
@@ -180,7 +180,7 @@ def test_another_allocation_by_less_than_its_text_shows_does_not_go_on(folder, t
     cut_off_in_the_last_block(folder, tmp_path / "out", monkeypatch, allocation=PerLayer(values))
     other = PerLayer({"*.mlp.*": 0.5 + 1e-9})
     assert str(other) == str(PerLayer(values))
-    with pytest.raises(JournalError, match="differs in allocation .*, patterns "):
+    with pytest.raises(JournalError, match=r"differs in allocation .*, patterns "):
         prune(folder, tmp_path / "out", allocation=other)
 
 
