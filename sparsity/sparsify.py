@@ -140,7 +140,9 @@ def sparsify(
         processes.check_equal("the calibration data", batches_sha256(batches))
     allocated = None
     if spread is not None:
-        allocated = allocate(spread, model, targets, pattern, batches, dtype=dtype, progress=progress)
+        allocated = allocate(
+            spread, model, targets, pattern, batches, dtype=dtype, processes=processes, progress=progress
+        )
     norms = _gradients(model, targets, batches, gradients, dtype, progress) if "G" in metric.uses else None
     if allocated is not None:
         targets = allocated.targets

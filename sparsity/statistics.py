@@ -126,7 +126,11 @@ class InputStatistics:
 
     @contextmanager
     def call(self, valid: Tensor | None = None) -> Iterator[None]:
-        """One call of the block or model; ``valid`` [batch, tokens] is False where a batch is padded."""
+        """One call of the block or model; ``valid`` [batch, tokens] is False where a batch is padded.
+
+        Raises:
+            ValueError: in the call, where it is not known which inputs of a target are padded; names the target.
+        """
         self._valid = valid
         try:
             yield
@@ -156,10 +160,12 @@ class InputStatistics:
 
     def _add_hessian(self, hessians: HessianSums, target: Target, x: Tensor, part: int | None) -> None:
         if isinstance(target.module, nn.Conv1d | nn.Conv2d):  # not shared: it depends on the kernel's size
+            if self._valid is not None:  # a window may hold both
+                raise _padding_stays(target)
             for group, rows in enumerate(unfolded(x, target.module)):
                 hessians.add((target.name, group), rows)
         elif not hessians.share((target.name, part or 0), x):
-            hessians.add((target.name, part or 0), self._rows(x), x)
+            hessians.add((target.name, part or 0), self._rows(x, target), x)
 
     def _sums(self, target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
         """Sums of squares [parts, cols] and counts [parts] so far; zeros before the first call."""
@@ -177,22 +183,31 @@ class InputStatistics:
         module = target.module
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             batched = x if x.ndim == len(module.kernel_size) + 2 else x[None]
-            channels = _sum_of_squares(batched.movedim(1, -1).reshape(-1, module.in_channels))
-            count = batched.numel() // module.in_channels
+            places = batched.movedim(1, -1)
+            if self._valid is not None and places.shape[:-1] != self._valid.shape:
+                raise _padding_stays(target)
+            rows = self._rows(places, target)
+            channels, count = _sum_of_squares(rows), rows.shape[0]
             kernel = target.cols * module.groups // module.in_channels
             squares = channels.view(module.groups, -1).repeat_interleave(kernel, dim=1)
             return squares, count  # not shared: another kernel size needs another expansion
-        rows = self._rows(x)
+        rows = self._rows(x, target)
         squares, count = _sum_of_squares(rows), rows.shape[0]
         self._seen.append((x, x._version, squares, count))
         return squares, count
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, target: Target) -> Tensor:
         """The inputs [tokens, cols] in ``x`` without padded ones."""
         rows = x.reshape(-1, x.shape[-1])
-        if self._valid is not None and rows.shape[0] == self._valid.numel():
+        if self._valid is not None:
+            if rows.shape[0] != self._valid.numel():  # routed to an expert, pooled, or of another sequence
+                raise _padding_stays(target)
             rows = rows[self._valid.flatten()]
         return rows
+
+
+def _padding_stays(target: Target) -> ValueError:
+    return ValueError(f"data is padded, and calibration cannot leave padding out of {target.name}: pack it")
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:

@@ -47,8 +47,10 @@ def invoke(*args):
     return result.stdout
 
 
-def test_stream_writes_what_prune_writes_and_every_command_takes_it(dense, text, tmp_path):
+@pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
+def test_stream_writes_what_prune_writes_and_every_command_takes_it(dense, text, tmp_path, dtype):
     options = ["--sparsity", "50%", "--method", "wanda", "--data", text, "--samples", 8, "--seq-len", 32, "--json"]
+    options += [] if dtype is None else ["--dtype", dtype]
     plain = json.loads(invoke("prune", dense, "--out", tmp_path / "plain", *options))
     for mode in ("memory", "disk"):
         out = tmp_path / mode
@@ -57,6 +59,7 @@ def test_stream_writes_what_prune_writes_and_every_command_takes_it(dense, text,
             k: v for k, v in found.items() if k in ("kept", "total", "tokens", "skipped", "method", "parameters")
         } == {k: v for k, v in plain.items() if k in ("kept", "total", "tokens", "skipped", "method", "parameters")}
         assert read_info(out)["masks_sha256"] == read_info(tmp_path / "plain")["masks_sha256"]
+        assert [read_info(tmp_path / name)["recipe"][0].get("dtype") for name in (mode, "plain")] == [dtype, dtype]
     streamed, wanted = load(tmp_path / "disk"), load(tmp_path / "plain")
     assert all(torch.equal(value, streamed.state_dict()[name]) for name, value in wanted.state_dict().items())
     shown = json.loads(invoke("inspect", tmp_path / "disk", "--json"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from trisparse.sparsity.allocation.base import Allocation
 from trisparse.sparsity.calibration import Step, walk
 from trisparse.sparsity.capture import Batch
+from trisparse.sparsity.distributed import ALONE, Processes
 from trisparse.sparsity.mask import mask_of
 from trisparse.sparsity.pattern import Pattern
 from trisparse.sparsity.progress import progress_bar
@@ -47,6 +48,8 @@ def allocate(
     batches: Sequence[Batch] = (),
     *,
     dtype: torch.dtype | None = None,
+    masked: Collection[str] = (),
+    processes: Processes = ALONE,
     progress: bool = False,
 ) -> Allocated:
     """Spread ``pattern`` over ``targets``; the model stays as it is.
@@ -56,6 +59,8 @@ def allocate(
         model, targets: as from ``find_targets(model)``.
         pattern: what ``allocation.check`` gave.
         batches, dtype: of the calibration, as in ``walk``; used if the allocation reads inputs.
+        masked: names of targets that were pruned before, where ``model`` does not hold their masks.
+        processes: those that call this together, with the same ``batches``: each one runs its share.
         progress: show a progress bar.
 
     Raises:
@@ -65,7 +70,9 @@ def allocate(
     measured: list[Step] = []
     if allocation.reads_inputs:
         with progress_bar(str(allocation), len(targets.found), enabled=progress) as advance:
-            for group, statistics in walk(model, targets, batches, propagate="dense", dtype=dtype):
+            share = processes.share(batches)
+            steps = walk(model, targets, share, propagate="dense", dtype=dtype, processes=processes)
+            for group, statistics in steps:
                 measured.append((group, statistics))
                 advance(len(group))
     inputs = {target.name: statistics for group, statistics in measured for target in group}
@@ -74,7 +81,7 @@ def allocate(
     if not patterns:
         raise ValueError(f"allocation {allocation} leaves every weight dense: ask for a higher sparsity")
     dense = [target for target in targets.found if target.name not in patterns]
-    if before := [target.name for target in dense if mask_of(target.module, target.param) is not None]:
+    if before := [t.name for t in dense if t.name in masked or mask_of(t.module, t.param) is not None]:
         raise ValueError(f"allocation {allocation} leaves {', '.join(before[:3])} dense, which was pruned before")
     found = [target for target in targets.found if target.name in patterns]
     skipped = [Skipped(target.name, tuple(target.weight.shape), DENSE_BY_ALLOCATION) for target in dense]

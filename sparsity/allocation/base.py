@@ -134,12 +134,13 @@ class BudgetAllocation(Allocation):
         inputs: Mapping[str, InputStatistics] | None = None,
     ) -> Patterns:
         """See :meth:`Allocation.patterns`."""
-        check_pattern(targets, pattern)
         sizes = [target.weight.numel() for target in targets]
         kept = kept_of(sum(sizes), pattern.sparsity)
         if kept < len(targets):
             raise ValueError(f"sparsity {pattern} keeps {kept} weights of {len(targets)} layers: some would keep none")
         shares = self.shares(Budget(model, targets, kept, inputs))
+        held = [least == size for least, size in zip(shares.least, sizes, strict=True)]  # wholly dense, whatever m is
+        check_pattern([target for target, dense in zip(targets, held, strict=True) if not dense], pattern)
         names = [target.name for target in targets]
         if isinstance(pattern, NM):
             found: list[Pattern | None] = [*_nm_patterns(shares, sizes, pattern.m, kept)]
@@ -155,10 +156,15 @@ class BudgetAllocation(Allocation):
 
 def _nm_patterns(shares: Shares, sizes: Sequence[int], m: int, kept: int) -> list[NM | None]:
     """n:m of each target, None where n = m."""
-    groups = [size // m for size in sizes]
-    ideal = [share / count for share, count in zip(shares.kept, groups, strict=True)]
-    least = [max(1, math.ceil(count / group)) for count, group in zip(shares.least, groups, strict=True)]
-    return [None if n == m else NM(n, m) for n in whole_n(ideal, groups, m, least, kept)]
+    found: list[NM | None] = [None] * len(sizes)
+    left = [i for i, size in enumerate(sizes) if shares.least[i] < size]  # the others may have no whole groups
+    groups = [sizes[i] // m for i in left]
+    ideal = [shares.kept[i] / count for i, count in zip(left, groups, strict=True)]
+    least = [max(1, math.ceil(shares.least[i] / count)) for i, count in zip(left, groups, strict=True)]
+    kept -= sum(sizes) - m * sum(groups)
+    for i, n in zip(left, whole_n(ideal, groups, m, least, kept), strict=True):
+        found[i] = None if n == m else NM(n, m)
+    return found
 
 
 def _unstructured(target: Target, kept: int, pattern: Unstructured) -> Unstructured | None:

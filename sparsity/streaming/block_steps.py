@@ -155,7 +155,6 @@ class BlockSteps:
         """Measure, prune and write a block, which becomes finished together with the hidden states that leave it."""
         group = self._groups.get(part, [])
         with self.source.loaded(part):
-            check_finite(group)
             statistics = runner.measure(block.module, group, calls, hidden, valid)
             self._prune(part, statistics)
             if index + 1 < count:
@@ -180,6 +179,7 @@ class BlockSteps:
             with self.source.loaded(parts[index], shard):
                 runner.run(block.module, calls[index], hidden)
             hidden.leave(index)
+            hidden.forget_before(index)
 
     def _probe(self, stacks: Mapping[int, Sequence[Block]], batch: Batch) -> tuple[int, Chain]:
         """The one chain of blocks that the model runs."""
@@ -209,10 +209,11 @@ class BlockSteps:
 
     @contextmanager
     def _on_call(self) -> Iterator[None]:
-        """Let every block load when it is called, and free it after."""
+        """Let every block load when it is called, be checked before anything is written, and be freed after."""
 
         def run(part: int, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self.source.loaded(part):
+                check_finite(self._groups.get(part, []))
                 return real(*args, **kwargs)
 
         with ExitStack() as stack:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trisparse.sparsity.streaming.journal import sync
 
+_COMPLETE = "complete"  # a file that appears when all micro-batches are there
+
 
 class InMemory(list[Tensor]):
     """Held in memory. They are lost with the process, and computed anew from the pruned blocks."""
@@ -53,9 +55,11 @@ class OnDisk:
         self._write(self._behind + 1, index, tensor)
 
     def leave(self, block: int) -> None:
-        for file in self._path(block, 0).parent.iterdir():
+        folder = self._path(block, 0).parent
+        for file in folder.iterdir():
             sync(file)
-        sync(self._path(block, 0).parent)
+        (folder / _COMPLETE).touch()
+        sync(folder)
         self._behind = block
 
     def forget_before(self, block: int) -> None:
@@ -64,7 +68,7 @@ class OnDisk:
                 shutil.rmtree(folder)
 
     def go_on_behind(self, block: int) -> bool:
-        if not self._path(block, 0).is_file():
+        if not (self._path(block, 0).parent / _COMPLETE).is_file():
             return False
         self._behind = block
         return True

@@ -9,7 +9,7 @@ the part is written. Neither is public (transformers 5.23 is what was tested), a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,11 @@ class ModelOnDisk:
     def files(self) -> list[Path]:
         """The files of weights."""
         return sorted(set(self._files.values()))
+
+    @property
+    def masked(self) -> Collection[str]:
+        """Names of the weights that have masks already, in a checkpoint of ours."""
+        return self._masks.keys()
 
     def part_of(self, name: str) -> int:
         """Index of the part that the parameter ``name`` belongs to."""

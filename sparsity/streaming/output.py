@@ -118,6 +118,24 @@ class Output:
         return self.work / f"masks-{part:05}.safetensors"
 
 
+def check_place(path: Path, source: Path) -> None:
+    """Check that the resolved ``path`` can be replaced by a folder that is pruned from ``source``.
+
+    Raises:
+        ValueError: a run that goes on after a kill would not find its source, or ``path`` cannot be renamed.
+    """
+    source = source.resolve()
+    if path.is_relative_to(source) or source.is_relative_to(path):
+        raise ValueError(
+            f"out {path} and the model's folder {source} are one inside the other: the source must stay as it is until "
+            "the end, choose another folder"
+        )
+    if path.is_mount():
+        raise ValueError(f"out {path} is a mount point, and a folder is renamed into place: choose a folder inside it")
+    if Path.cwd().is_relative_to(path):
+        raise ValueError(f"out {path} is the current directory, or holds it, and is replaced: choose another folder")
+
+
 def work_folder(path: Path) -> Path:
     """Where the work on the folder ``path`` is kept until it is finished."""
     return path.parent / f".{path.name}.streaming"

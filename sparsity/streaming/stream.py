@@ -33,7 +33,7 @@ from trisparse.sparsity.selection import check_pattern
 from trisparse.sparsity.sparsify import check_batches, check_distributed, checked_update
 from trisparse.sparsity.streaming.block_steps import BlockSteps
 from trisparse.sparsity.streaming.model_on_disk import ModelOnDisk
-from trisparse.sparsity.streaming.output import Output
+from trisparse.sparsity.streaming.output import Output, check_place
 from trisparse.sparsity.streaming.settings import settings_of
 from trisparse.sparsity.targets import Skipped, Targets, find_targets
 
@@ -73,7 +73,8 @@ def stream_sparsify(
 
     Args:
         folder: a Hugging Face folder with safetensors, or a checkpoint of ours, whose masks are then replaced.
-        out: a new folder, an empty one, or an earlier checkpoint of ours, which is replaced at the end.
+        out: a new folder, an empty one, or an earlier checkpoint of ours, which is replaced at the end; neither
+            ``folder`` nor inside of it, nor around it.
         sparsity, method, data, include, exclude, samples, seq_len, seed, propagate, dtype, update, damping: as in
             ``sparsify``.
         tokenizer: for text; saved alongside.
@@ -95,7 +96,8 @@ def stream_sparsify(
             works.
     """
     start = time.perf_counter()
-    out = Path(out)
+    out = Path(out).resolve()
+    check_place(out, Path(folder))
     pattern = parse_pattern(sparsity)
     metric = find_metric(method, has_data=data is not None, has_gradients=gradients is not None)
     spread = None if allocation is None else find_allocation(allocation)
@@ -119,7 +121,7 @@ def stream_sparsify(
     if spread is None:
         check_pattern(targets.found, pattern)
     else:
-        allocated = allocate(spread, source.model, targets, pattern)
+        allocated = allocate(spread, source.model, targets, pattern, masked=source.masked)
         targets = allocated.targets
     batches: list[Batch] = []
     if reads_inputs:
@@ -138,7 +140,7 @@ def stream_sparsify(
     settings = settings_of(
         source,
         batches,
-        sparsity=str(pattern),
+        sparsity=repr(pattern),  # exact, where str() has six digits
         method=str(metric),
         include=include,
         exclude=exclude,
@@ -147,8 +149,8 @@ def stream_sparsify(
         dtype=str(dtype),
         hidden_states=hidden_states if reads_inputs else None,
         gradients=gradients,
-        allocation=None if spread is None else str(spread),
-        patterns=None if allocated is None else {name: str(one) for name, one in allocated.patterns.items()},
+        allocation=None if spread is None else repr(spread),
+        patterns=None if allocated is None else {name: repr(one) for name, one in allocated.patterns.items()},
         update=update,
         damping=None if update is None else damping,
         recipe=dict(recipe or {}),
@@ -180,6 +182,8 @@ def stream_sparsify(
     }
     if update is not None:
         step["damping"] = damping
+    if dtype is not None:
+        step["dtype"] = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
     label = f"{metric.name} {pattern}"
     with progress_bar(label, len(targets.found), enabled=progress) as advance, ExitStack() as stack:
         steps = BlockSteps(source, targets, pruning, Output(out, len(source.parts)), settings, processes, advance)

@@ -63,6 +63,14 @@ def test_both_processes_have_the_masks_of_one(launched, model_named):
     assert first["outside"] == masks_sha256(model)
 
 
+def test_owl_runs_each_batch_once(launched, model_named):
+    _, (first, _), _ = launched
+    batches = [{"input_ids": part} for part in TOKENS.split(2)]
+    model = model_named("llama")
+    sparsify(model, "50%", "magnitude", [*batches, batches[0]], allocation="owl", progress=False)
+    assert first["owl"] == [masks_sha256(model), 2]
+
+
 def test_updates_are_those_of_one_up_to_rounding(launched, model_named):
     folder, (first, _), _ = launched
     model = model_named("llama")

@@ -162,6 +162,60 @@ def test_padding_does_not_count_where_a_block_flattens_its_tokens():
     assert statistics.rms(target).tolist() == [[3.0, 0.0]]
 
 
+def measured(layer, x, valid=None, *, hessians=False):
+    target = find_targets(layer).found[0]
+    statistics = InputStatistics([target], hessians=hessians)
+    with statistics.observing(), statistics.call(valid):
+        layer(x)
+    return statistics.rms(target).tolist()
+
+
+def test_padding_does_not_count_in_a_convolution_over_the_tokens():
+    conv = nn.Conv1d(2, 2, 3, padding=1, bias=False)
+    x = torch.tensor([[[3.0, 100.0], [1.0, 100.0]]])  # [samples, channels, tokens]
+    assert measured(conv, x, torch.tensor([[True, False]])) == [[3.0] * 3 + [1.0] * 3]
+    assert measured(conv, x[..., :1]) == [[3.0] * 3 + [1.0] * 3]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "hessians"),
+    [
+        (nn.Linear(4, 2), (3, 4), False),  # an expert that three of four tokens were routed to
+        (nn.Conv1d(4, 2, 3, stride=2), (1, 4, 8), False),  # before tokens are made: twice as many places
+        (nn.Conv1d(4, 2, 1), (2, 4, 2), False),  # as many places as tokens, but others
+        (nn.Conv2d(4, 2, 1), (1, 4, 2, 2), False),
+        (nn.Conv1d(4, 2, 3), (1, 4, 4), True),  # a window of tokens and padding
+    ],
+)
+def test_padding_that_cannot_be_told_apart_is_refused(layer, shape, hessians):
+    x, valid = torch.rand(shape), torch.tensor([[True, True, False, False]])
+    with pytest.raises(ValueError, match="data is padded, and calibration cannot leave padding out of weight: pack it"):
+        measured(layer, x, valid, hessians=hessians)
+    measured(layer, x, hessians=hessians)
+
+
+def test_experts_that_are_modules_cannot_take_padded_data():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x, attention_mask=None):
+            rows, out = x.flatten(0, 1), torch.zeros(x.numel() // 4, 4)
+            for i, expert in enumerate(self.experts):
+                mine = torch.arange(len(rows)) % 2 == i
+                out[mine] = expert(rows[mine])
+            return out.view(x.shape)
+
+    batch = {"x": torch.rand(2, 4, 4), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
+    model = Experts()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"cannot leave padding out of experts\.0\.weight: pack it"):
+        sparsify(model, "50%", "wanda", [batch], propagate="dense", progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    sparsify(model, "50%", "wanda", [{"x": batch["x"]}], propagate="dense", progress=False)
+
+
 @pytest.mark.parametrize("sparsity", ["50%", "50% global"])
 def test_data_that_reaches_no_target_is_an_error(sparsity):
     class Model(nn.Module):

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import conftest
 
 from trisparse import cli
+from trisparse.sparsity.calibration import walk
 from trisparse.sparsity.distributed import launched_processes
 from trisparse.sparsity.mask import masks_sha256
 from trisparse.sparsity.sparsify import sparsify
@@ -49,6 +51,16 @@ def main(folder: Path) -> None:
         model = conftest.make_model("llama")
         sparsify(model, "50% layer", "wanda", batches, include=["lm_head", "*.up_proj"], propagate="dense", **options)
         found["outside"] = masks_sha256(model)
+        sizes: list[int] = []
+
+        def counted(model: Any, targets: Any, batches: Any, **options: Any) -> Any:
+            sizes.append(len(batches))
+            return walk(model, targets, batches, **options)
+
+        model = conftest.make_model("llama")
+        with patch("trisparse.sparsity.allocation.allocate.walk", counted):
+            sparsify(model, "50%", "magnitude", [*batches, batches[0]], allocation="owl", **options)
+        found["owl"] = [masks_sha256(model), *sizes]
         for mode in ("memory", "disk"):
             out = folder / f"streamed-{mode}"
             report = stream_sparsify(folder / "llama", out, "50%", "wanda", batches, hidden_states=mode, **options)

@@ -67,6 +67,15 @@ def test_uniform_plus_refuses_a_model_where_it_changes_nothing():
         UniformPlus().patterns(model, only, Unstructured(0.5))
 
 
+def test_the_first_convolution_needs_no_groups_where_it_stays_dense():
+    model = nn.ModuleDict({"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(4, 4, 3), "c": nn.Linear(8, 9)})
+    # 108 weights in rows of 27, then 144 and 72: 162 of 324 stay, and 54 are left for 36 + 18 groups of 4.
+    found = UniformPlus().patterns(model, find_targets(model).found, NM(2, 4))
+    assert list(found.values()) == [None, NM(1, 4), NM(1, 4)]
+    with pytest.raises(ValueError, match=r"divisible by 4, but not so: a.weight \(27\)"):
+        ERK().patterns(model, find_targets(model).found, NM(2, 4))
+
+
 def test_erk_by_hand(kept, linears):
     # 4, 16 and 32 weights, 26 to stay; size · (out + in) / (out · in) = out + in = 4, 8, 12.
     # c = 26/24 gives the first 4.33 of 4: it stays dense. 22 for 8c + 12c: 8.8 and 13.2.

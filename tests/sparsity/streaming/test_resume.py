@@ -13,8 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trisparse.sparsity.allocation import PerLayer
 from trisparse.sparsity.calibration import BlockRunner
 from trisparse.sparsity.streaming.journal import Journal, JournalError
+from trisparse.sparsity.streaming.model_on_disk import ModelOnDisk
 from trisparse.sparsity.streaming.output import work_folder
 from trisparse.sparsity.streaming.stream import stream_sparsify
 
@@ -128,7 +130,23 @@ def test_finished_blocks_are_not_measured_again(folder, tmp_path, monkeypatch, h
 def test_hidden_states_that_were_removed_are_computed_again(folder, tmp_path, monkeypatch):
     prune(folder, tmp_path / "whole", hidden_states="disk")
     cut_off_in_the_last_block(folder, tmp_path / "out", monkeypatch, hidden_states="disk")
-    shutil.rmtree(work_folder(tmp_path / "out") / "hidden-states-0")
+    shutil.rmtree(states := work_folder(tmp_path / "out") / "hidden-states-0")
+    real, held = ModelOnDisk.loaded, []
+
+    def watched(self, part, shard=None):
+        held.append((part, sorted(path.name for path in states.glob("*"))))
+        if held[-1][0] == 2 and len(held) == 3:
+            (states / "behind-0" / "000002.safetensors").unlink()  # as if it had been killed before it was written
+            (states / "behind-0" / "complete").unlink()
+            raise Killed
+        return real(self, part, shard)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelOnDisk, "loaded", watched)
+        with pytest.raises(Killed):
+            prune(folder, tmp_path / "out", hidden_states="disk")
+    # Outside of the blocks, the finished block once more, and the next one; what entered the first is gone by then.
+    assert held == [(0, []), (1, ["behind--1"]), (2, ["behind-0"])]
     prune(folder, tmp_path / "out", hidden_states="disk")
     assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 
@@ -136,7 +154,9 @@ def test_hidden_states_that_were_removed_are_computed_again(folder, tmp_path, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": "2:4"}, r"differs in sparsity \('50%' then, '2:4' now\)"),
+        ({"sparsity": "2:4"}, r"differs in sparsity \(.*sparsity=0.5.* then, 'NM\(n=2, m=4\)' now\)"),
+        ({"sparsity": 0.5 + 1e-9}, r"differs in sparsity \(.*sparsity=0.5, .* then, .*sparsity=0.500000001, .* now\)"),
+        ({"allocation": "erk"}, "differs in allocation"),
         ({"method": "abs(W)", "data": None}, "differs in data .*, shape of the data .*, method"),
         ({"propagate": "dense"}, r"differs in propagate \('block' then, 'dense' now\)"),
         ({"hidden_states": "disk"}, "differs in hidden_states"),
@@ -153,6 +173,15 @@ def test_another_call_does_not_go_on(folder, tmp_path, monkeypatch, options, mes
         prune(folder, out, **options)
     assert sorted(work_folder(out).rglob("*")) == before
     prune(folder, out)
+
+
+def test_another_allocation_by_less_than_its_text_shows_does_not_go_on(folder, tmp_path, monkeypatch):
+    values = {"*.mlp.*": 0.5}
+    cut_off_in_the_last_block(folder, tmp_path / "out", monkeypatch, allocation=PerLayer(values))
+    other = PerLayer({"*.mlp.*": 0.5 + 1e-9})
+    assert str(other) == str(PerLayer(values))
+    with pytest.raises(JournalError, match=r"differs in allocation .*, patterns "):
+        prune(folder, tmp_path / "out", allocation=other)
 
 
 def test_another_source_does_not_go_on(folder, tmp_path, monkeypatch):

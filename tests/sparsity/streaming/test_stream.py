@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,6 +156,23 @@ def test_a_checkpoint_of_ours_keeps_the_masks_of_what_is_left_out(folder_of, bat
     assert [step["pattern"] for step in read_info(tmp_path / "streamed")["recipe"]] == ["1:4", "25%"]
 
 
+@pytest.mark.parametrize(
+    ("allocation", "sparsity"), [(PerLayer({"*.layers.0.*": "dense"}), "50%"), ("erk", "10%")], ids=["per-layer", "erk"]
+)
+def test_a_layer_that_was_pruned_before_cannot_be_left_dense(folder_of, tmp_path, allocation, sparsity):
+    once = load_plain(folder_of("llama"))
+    sparsify(once, "5%", progress=False)
+    save(once, tmp_path / "once")
+    messages = []
+    for prune, arguments in ((sparsify, [load(tmp_path / "once")]), (stream_sparsify, [tmp_path / "once", "out"])):
+        arguments = [tmp_path / value if value == "out" else value for value in arguments]
+        with pytest.raises(ValueError, match=r"dense, which was pruned before") as error:
+            prune(*arguments, sparsity, "magnitude", allocation=allocation, progress=False)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert not (tmp_path / "out").exists()
+
+
 def load_plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
@@ -285,7 +303,15 @@ def test_damaged_folders(folder_of, batches, tmp_path, damage, message):
     with pytest.raises(ValueError, match=message):
         stream_sparsify(folder, tmp_path / "out", "50%", "wanda", batches, progress=False)
     assert not (tmp_path / "out").exists()
-    assert work_folder(tmp_path / "out").exists() == ("NaN" in message)  # a block before it was finished by then
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_broken_weights_without_data_are_found_in_their_turn(folder_of, tmp_path):
+    folder = folder_of("llama", shard="1GB")
+    rewrite(folder, lambda w: w[UP].fill_(float("inf")))
+    with pytest.raises(ValueError, match=f"NaN or Inf weights: {UP}") as error:
+        stream_sparsify(folder, tmp_path / "out", "50%", "magnitude", progress=False)
+    assert "2 of 4 parts are finished" in error.value.__notes__[-1]
 
 
 def test_architectures_that_are_refused(folder_of, batches, tmp_path):
@@ -333,6 +359,31 @@ def test_masks_that_are_not_those_of_the_checkpoint(folder_of, tmp_path):
     (folder / "trisparse_masks.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         ModelOnDisk(folder, CPU)
+
+
+@pytest.mark.parametrize("place", ["dense", "link", "dense/pruned", "."])
+def test_the_source_is_not_replaced(folder_of, tmp_path, place):
+    folder = folder_of("llama")
+    sparsify(model := load_plain(folder), "1:4", progress=False)
+    save(model, folder := tmp_path / "once" / "dense")  # a checkpoint of ours, which out might replace
+    (tmp_path / "once" / "link").symlink_to(folder)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="are one inside the other"):
+        stream_sparsify(folder, tmp_path / "once" / place, "2:4", progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_that_cannot_be_renamed(folder_of, tmp_path, monkeypatch):
+    folder = folder_of("llama")
+    (tmp_path / "out" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "inner")
+    for out in (".", tmp_path / "out"):
+        with pytest.raises(ValueError, match="is the current directory, or holds it"):
+            stream_sparsify(folder, out, "2:4", progress=False)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "volume")
+    with pytest.raises(ValueError, match="is a mount point"):
+        stream_sparsify(folder, tmp_path / "volume", "2:4", progress=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dense", "out"]
 
 
 def test_only_our_own_folder_is_replaced(folder_of, tmp_path):
