@@ -158,7 +158,8 @@ def prune_cycles(
     windows, held_out = training_windows(model, data, validation, own, batch, tokenizer, runs=config.cycles)
     journal = None
     if own.output_dir is not None:
-        identity = run_identity(own, batch, autocast_dtype(model, own), model, windows, teacher=teacher)
+        dtype = autocast_dtype(model, own)
+        identity = run_identity(own, batch, dtype, model, windows, validation=held_out, teacher=teacher)
         identity |= {name: str(value) for name, value in vars(config).items() if name != "retraining"}
         journal = CyclesJournal(Path(own.output_dir), identity | {"target": str(pattern)})
     calibration = windows if calibration is None else calibration

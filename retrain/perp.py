@@ -194,7 +194,10 @@ def retrain(
     windows, held_out = training_windows(model, data, validation, config, batch, tokenizer)
     identity: dict[str, Any] = {}
     if config.output_dir is not None or sharded:
-        identity = run_identity(config, batch, dtype, model, windows, teacher=teacher, callbacks=callbacks)
+        compared = held_out if config.learning_rate == "grid" else None  # it chooses the rate, else it is only measured
+        identity = run_identity(
+            config, batch, dtype, model, windows, validation=compared, teacher=teacher, callbacks=callbacks
+        )
     if sharded:
         join(training_device(model))
         check_same_run(identity)
