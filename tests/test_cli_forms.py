@@ -4,8 +4,9 @@ import json
 import math
 
 import pytest
+import yaml
 
-from trisparse.cli.config_file import read_settings
+from trisparse.cli.config_file import read_settings, read_yaml
 from trisparse.cli.retrain_cycles import section
 from trisparse.retrain import cycles
 from trisparse.retrain.cycles import CyclesConfig, prune_cycles
@@ -191,6 +192,13 @@ def test_a_nested_file(tmp_path):
         "sparsity": 0.5,
     }
     assert math.isclose(settings["retraining"]["learning_rate"], 1e-4)
+    for text, found in (
+        ("2:4", "2:4"), ("3:4", "3:4"), ("16:32", "16:32"), ("1:4.5", "1:4.5"), ("50%", "50%"), ("0.5", 0.5), ("1e-1", 0.1)
+    ):  # fmt: skip
+        file.write_text(f"sparsity: {text}\n")
+        assert read_settings(file, section()) == {"sparsity": found}
+    file.write_text("numbers: [7, -7, 0, 1_000, 0x10, 0b11, 1., .5, -1.5e+3, -.inf, true, 2001-02-03]\n")
+    assert read_yaml(file) == yaml.safe_load(file.read_text())
     file.write_text("freezing:\n")
     assert read_settings(file, section()) == {}
     for text, match in (

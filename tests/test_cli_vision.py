@@ -223,6 +223,10 @@ def test_a_nested_file(tmp_path):
     file.write_text("schedule: {name: LLR, milestones: '30, 60', rates: [1e-1]}\n")
     settings = read_settings(file, section())
     assert settings == {"schedule": {"name": "LLR", "milestones": (30, 60), "rates": (0.1,)}}
+    for text in ("mean:\n", "std:\n", "sparsity:\n", "augment:\n", "schedule: {peak: }\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"(mean|std|sparsity|augment|schedule\.peak) has no value: give one"):
+            read_settings(file, section())
     file.write_text("peak: 0.1\n")
     with pytest.raises(ValueError, match="'peak' is a setting of 'schedule'"):
         read_settings(file, section())
