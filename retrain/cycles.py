@@ -147,11 +147,11 @@ def prune_cycles(
     check_grid(own, validation)
     pattern = parse_pattern(target)
     find_metric(config.method, has_data=True)
-    targets, present = _checked(model, pattern, config)
+    targets, present = checked_targets(model, pattern, config)
     patterns = pattern_schedule(config.schedule, present, pattern, config.cycles)
-    _check_nested(targets, patterns[0])
+    check_nested(targets, patterns[0])
     if not config.allow_collapse:
-        _check_sizes(targets, pattern)
+        check_sizes(targets, pattern)
     if teacher is not None:
         check_teacher(teacher, model)
     batch = batch_settings(own, parameter_count(model))
@@ -294,7 +294,7 @@ class _Cycles:
         return perplexity(self.model, self.held_out, seq_len=self.config.retraining.seq_len)
 
 
-def _checked(model: Any, pattern: Pattern, config: CyclesConfig) -> tuple[list[Target], float]:
+def checked_targets(model: Any, pattern: Pattern, config: CyclesConfig) -> tuple[list[Target], float]:
     """The targets and their present sparsity; see :func:`prune_cycles` for what raises."""
     if is_peft_wrapped(model):
         raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
@@ -313,7 +313,7 @@ def _checked(model: Any, pattern: Pattern, config: CyclesConfig) -> tuple[list[T
     return targets, 1 - kept / total
 
 
-def _check_nested(targets: Sequence[Target], pattern: Pattern) -> None:
+def check_nested(targets: Sequence[Target], pattern: Pattern) -> None:
     """Check that ``pattern`` can prune all that is pruned already; the patterns after it can then, too.
 
     Raises:
@@ -337,7 +337,7 @@ def _check_nested(targets: Sequence[Target], pattern: Pattern) -> None:
         )
 
 
-def _check_sizes(targets: Sequence[Target], pattern: Pattern) -> None:
+def check_sizes(targets: Sequence[Target], pattern: Pattern) -> None:
     """Check that the budget of ``pattern`` leaves every layer a weight, as far as shapes tell.
 
     Raises:
