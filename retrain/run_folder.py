@@ -79,7 +79,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _windows_sha256(windows: Tensor) -> str:
-    return hashlib.sha256(windows.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
