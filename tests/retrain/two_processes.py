@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
                 "full": losses,
                 "differ": differ,
             }
-        )  # fmt: skip
+        )
     )
     sys.argv = ["trisparse", "retrain", str(folder / "pruned"), "--data", str(folder / "text.txt"), "--json"]
     sys.argv += ["--out", str(folder / "retrained"), "--config", str(folder / "retrain.yaml"), "--device", "cpu"]
