@@ -1,11 +1,12 @@
 """A folder of adapters that were not merged: PEFT's own files, what they belong to and how they were made.
 
-PEFT opens the folder with its config; ``trisparse_adapters.json`` names the pruned model with the hash of its masks, so
-that :func:`load_adapted_model` puts them on that one and on no other.
+PEFT opens the folder with its config; ``trisparse_adapters.json`` names the pruned model with the hashes of its masks and
+of its weight files, so that :func:`load_adapted_model` puts them on that one and on no other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -50,6 +51,7 @@ def save_adapters(
         "trisparse": version("trisparse"),
         "base": str(base),
         "masks_sha256": read_info(base)["masks_sha256"],
+        "weights_sha256": _weight_files_sha256(base),
         "recipe": [dict(step) for step in recipe],
     }
     with replaced_folder(path) as unfinished:
@@ -76,12 +78,13 @@ def load_adapted_model(path: str | Path) -> tuple[PeftModel, list[dict[str, Any]
     """The pruned model under the adapters in ``path``, in eval mode, and the recipe.
 
     Raises:
-        CheckpointError: the folder is not ours or damaged, the pruned model is gone, or it has other masks now.
+        CheckpointError: the folder is not ours or damaged, the pruned model is gone, or it has other masks or weights now.
     """
     file = Path(path) / ADAPTERS_FILE
     try:
         info = json.loads(file.read_text())
-        base, expected, recipe = info["base"], info["masks_sha256"], list(info["recipe"])
+        base, recipe = info["base"], list(info["recipe"])
+        expected_masks, expected_weights = info["masks_sha256"], info["weights_sha256"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no folder of adapters: it has no {ADAPTERS_FILE}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -89,6 +92,17 @@ def load_adapted_model(path: str | Path) -> tuple[PeftModel, list[dict[str, Any]
     if not Path(base).is_dir():
         raise CheckpointError(f"the adapters in {path} belong to {base}, which is not there; {file.name} names it")
     model = load(base)
-    if masks_sha256(model) != expected:
+    if masks_sha256(model) != expected_masks:
         raise CheckpointError(f"the adapters in {path} were trained for other masks than those of {base}")
+    if _weight_files_sha256(Path(base)) != expected_weights:
+        raise CheckpointError(f"the adapters in {path} were trained for other weights than those of {base}")
     return load_adapters(model, path).eval(), recipe
+
+
+def _weight_files_sha256(folder: Path) -> str:
+    """A hash over the names and bytes of a checkpoint's weight files, which takes no memory for the weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

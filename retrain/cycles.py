@@ -147,18 +147,19 @@ def prune_cycles(
     check_grid(own, validation)
     pattern = parse_pattern(target)
     find_metric(config.method, has_data=True)
-    targets, present = _checked(model, pattern, config)
+    targets, present = checked_targets(model, pattern, config)
     patterns = pattern_schedule(config.schedule, present, pattern, config.cycles)
-    _check_nested(targets, patterns[0])
+    check_nested(targets, patterns[0])
     if not config.allow_collapse:
-        _check_sizes(targets, pattern)
+        check_sizes(targets, pattern)
     if teacher is not None:
         check_teacher(teacher, model)
     batch = batch_settings(own, parameter_count(model))
     windows, held_out = training_windows(model, data, validation, own, batch, tokenizer, runs=config.cycles)
     journal = None
     if own.output_dir is not None:
-        identity = run_identity(own, batch, autocast_dtype(model, own), model, windows, teacher=teacher)
+        dtype = autocast_dtype(model, own)
+        identity = run_identity(own, batch, dtype, model, windows, validation=held_out, teacher=teacher)
         identity |= {name: str(value) for name, value in vars(config).items() if name != "retraining"}
         journal = CyclesJournal(Path(own.output_dir), identity | {"target": str(pattern)})
     calibration = windows if calibration is None else calibration
@@ -293,7 +294,7 @@ class _Cycles:
         return perplexity(self.model, self.held_out, seq_len=self.config.retraining.seq_len)
 
 
-def _checked(model: Any, pattern: Pattern, config: CyclesConfig) -> tuple[list[Target], float]:
+def checked_targets(model: Any, pattern: Pattern, config: CyclesConfig) -> tuple[list[Target], float]:
     """The targets and their present sparsity; see :func:`prune_cycles` for what raises."""
     if is_peft_wrapped(model):
         raise ValueError("model is wrapped by PEFT: merge_and_unload() or unload() it first")
@@ -312,7 +313,7 @@ def _checked(model: Any, pattern: Pattern, config: CyclesConfig) -> tuple[list[T
     return targets, 1 - kept / total
 
 
-def _check_nested(targets: Sequence[Target], pattern: Pattern) -> None:
+def check_nested(targets: Sequence[Target], pattern: Pattern) -> None:
     """Check that ``pattern`` can prune all that is pruned already; the patterns after it can then, too.
 
     Raises:
@@ -336,7 +337,7 @@ def _check_nested(targets: Sequence[Target], pattern: Pattern) -> None:
         )
 
 
-def _check_sizes(targets: Sequence[Target], pattern: Pattern) -> None:
+def check_sizes(targets: Sequence[Target], pattern: Pattern) -> None:
     """Check that the budget of ``pattern`` leaves every layer a weight, as far as shapes tell.
 
     Raises:

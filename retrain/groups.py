@@ -34,6 +34,14 @@ PRESETS: dict[str, tuple[str, ...]] = {
 VISION_PRESETS: dict[str, tuple[str, ...]] = {"bn-recalibrate": (), **PRESETS}
 """Those of image classifiers: the first has no gradient at all."""
 
+RECONSTRUCT_PRESETS: dict[str, tuple[str, ...]] = {
+    "biases": ("biases",),
+    "norms": ("biases", "norms"),
+    "perp": ("biases", "norms", "lora"),
+    "full": ("full",),
+}
+"""Those of the blocks of a model, which have no output head."""
+
 _TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 # transformers defines a norm per model: LlamaRMSNorm, Gemma3RMSNorm, T5LayerNorm, Qwen3NextRMSNormGated, ...
 _NORM_NAME = re.compile(r"Norm(Gated|1d|2d)?$")
@@ -98,7 +106,7 @@ def group_names(
     if isinstance(groups, str) and presets:
         if groups in presets:
             return presets[groups]
-        if groups in VISION_PRESETS:
+        if groups in VISION_PRESETS and groups not in PRESETS:
             raise ValueError(
                 f"groups={groups!r} is for image classifiers: retrain_vision(model, data, VisionConfig({groups!r}))"
             )

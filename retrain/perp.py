@@ -193,10 +193,13 @@ def retrain(
         check_teacher(teacher, model)
     windows, held_out = training_windows(model, data, validation, config, batch, tokenizer)
     identity: dict[str, Any] = {}
-    if config.output_dir is not None or sharded:
-        identity = run_identity(config, batch, dtype, model, windows, teacher=teacher, callbacks=callbacks)
-    if sharded:
-        join(training_device(model))
+    if config.output_dir is not None or process_count() > 1:
+        compared = held_out if config.learning_rate == "grid" else None  # it chooses the rate, else it is only measured
+        identity = run_identity(
+            config, batch, dtype, model, windows, validation=compared, teacher=teacher, callbacks=callbacks
+        )
+    if process_count() > 1:
+        join(training_device(model) if sharded else next(model.parameters()).device)
         check_same_run(identity)
     resume_from: Path | None = None
     chosen: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from trisparse.retrain.cycles import CyclesConfig
+from trisparse.retrain.cycles import CyclesConfig, check_nested, check_sizes, checked_targets
 from trisparse.retrain.estimate import MemoryEstimate, RetrainingPlan, counting_saved, retraining_plan, stored_bytes
 from trisparse.retrain.groups import parameter_groups, trainable_parameters
 from trisparse.retrain.images import batches_of
@@ -28,10 +28,10 @@ from trisparse.retrain.sparsity_schedule import pattern_schedule
 from trisparse.retrain.vision import VisionConfig
 from trisparse.retrain.vision_groups import logits_of, vision_groups
 from trisparse.sparsity.mask import Mask, attach, check_masks, detach, mask_of, masks
+from trisparse.sparsity.metric import find_metric
 from trisparse.sparsity.pattern import Pattern, parse_pattern
 from trisparse.sparsity.report import as_text
-from trisparse.sparsity.selection import check_pattern
-from trisparse.sparsity.targets import find_blocks, find_targets
+from trisparse.sparsity.targets import find_blocks
 
 
 @dataclass(frozen=True)
@@ -63,25 +63,24 @@ def cycles_plan(
     ``validation`` is not read, but a grid of learning rates needs one.
 
     Raises:
-        ValueError: the model or ``target`` does not fit ``config``.
+        ValueError: the model or ``target`` does not fit ``config``; as of ``prune_cycles``.
+        LayerCollapseError: a layer would be wholly pruned, as far as shapes tell.
         MaskError: a pruned weight is not zero.
     """
-    check_masks(model)
-    targets = find_targets(model, include=config.include, exclude=config.exclude).found
     pattern = parse_pattern(target)
-    check_pattern(targets, pattern)
+    find_metric(config.method, has_data=True)
+    targets, present = checked_targets(model, pattern, config)
+    patterns = pattern_schedule(config.schedule, present, pattern, config.cycles)
+    check_nested(targets, patterns[0])
+    if not config.allow_collapse:
+        check_sizes(targets, pattern)
     earlier = [(one, mask) for one in targets if (mask := mask_of(one.module, one.param)) is not None]
     bare = [one for one in targets if mask_of(one.module, one.param) is None]
-    kept = total = 0
     try:
         for one in bare:  # the groups are told by the masks
             rows = one.weight.numel() // one.cols
             keep = torch.ones(rows, one.cols, dtype=torch.bool)
             attach(one.module, one.param, Mask.from_matrix(keep, one.weight.shape, pattern, transposed=one.transposed))
-        for one in targets:
-            mask = mask_of(one.module, one.param)
-            kept, total = kept + (mask.kept if mask else 0), total + one.weight.numel()
-        patterns = pattern_schedule(config.schedule, 1 - kept / total, pattern, config.cycles)
         plan = retraining_plan(model, config.retraining, teacher=teacher, validation=validation)
     finally:
         for one in bare:

@@ -35,7 +35,7 @@ from trisparse.retrain.block_training import (
     run_block,
 )
 from trisparse.retrain.dense_weights import DenseWeights, holding
-from trisparse.retrain.groups import ParameterGroups, group_names, head_of, parameter_groups
+from trisparse.retrain.groups import RECONSTRUCT_PRESETS, ParameterGroups, group_names, head_of, parameter_groups
 from trisparse.retrain.loop import RetrainError
 from trisparse.retrain.precision import computing_dtype
 from trisparse.retrain.reconstruct_report import BlockReport, ReconstructReport
@@ -60,7 +60,8 @@ class ReconstructConfig:
 
     Attributes:
         groups: which of "biases", "norms" and "lora" (W + M ⊙ s·BA on every pruned linear of the block) train, or
-            "full" alone: every parameter of the block, the pruned ones under their masks.
+            "full" alone: every parameter of the block, the pruned ones under their masks. A text is a preset of
+            ``RECONSTRUCT_PRESETS``: "norms" is biases and norms, "perp" all three.
         targets: "sparse" (the paper's) or "dense", see the module.
         rank: rank of every LoRA.
         alpha: the LoRAs' scaling is s = alpha / rank.
@@ -78,7 +79,7 @@ class ReconstructConfig:
         ValueError: names the field, its value and what is allowed.
     """
 
-    groups: Sequence[str] = ("biases", "norms", "lora")
+    groups: str | Sequence[str] = "perp"
     targets: BlockTargets = "sparse"
     rank: int = 16
     alpha: float = 32
@@ -91,7 +92,7 @@ class ReconstructConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", group_names(self.groups, presets={}, allowed=_GROUPS))
+        object.__setattr__(self, "groups", group_names(self.groups, RECONSTRUCT_PRESETS, _GROUPS))
         for name, allowed in (("targets", _TARGETS), ("dtype", _DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -39,39 +39,47 @@ _FREE = (
     "output_dir", "save_steps", "save_total_limit", "report_to", "resume", "guard_every", "gradient_checkpointing",
 )  # fmt: skip
 # what would say nothing in a message
-_HASHES = ("masks", "weights", "data", "teacher")
+_HASHES = ("masks", "weights", "data", "validation", "teacher")
+# bytes of a weight on a GPU that are copied to the CPU together
+_HASHED_AT_ONCE = 2**26
 
 
 def run_identity(
     config: PERPConfig, batch: BatchSettings, dtype: torch.dtype | None, model: nn.Module, windows: Tensor, *,
-    teacher: nn.Module | None, callbacks: Sequence[Any] = (),
+    validation: Tensor | None, teacher: nn.Module | None, callbacks: Sequence[Any] = (),
 ) -> Any:  # fmt: skip
     """What decides the outcome of a run, as JSON has it: settings, masks, weights, data, processes.
 
     Args:
         dtype: of autocast, which "auto" depends on the machine for.
+        validation: held-out windows, where they decide something or are measured throughout; else None.
         callbacks: those with a method ``identity`` count with what it returns, to be written as JSON.
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     settings |= {"batch_size": batch.size, "gradient_accumulation": batch.accumulation, "processes": process_count()}
-    data = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    settings |= {"masks": masks_sha256(model), "weights": _weights_sha256(model), "data": data}
-    settings["teacher"] = None if teacher is None else _weights_sha256(teacher)
+    settings |= {"masks": masks_sha256(model), "weights": weights_sha256(model), "data": _windows_sha256(windows)}
+    settings["validation"] = None if validation is None else _windows_sha256(validation)
+    settings["teacher"] = None if teacher is None else weights_sha256(teacher)
     settings["dtype"] = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     settings["callbacks"] = [callback.identity() for callback in callbacks if hasattr(callback, "identity")]
     return json.loads(json.dumps(settings, default=str))
 
 
-def _weights_sha256(model: nn.Module) -> str:
-    """A hash over names, shapes and 64 numbers of each parameter and compressed weight: all would take too long."""
+def weights_sha256(model: nn.Module) -> str:
+    """A hash over name, shape, dtype and bytes of every parameter and of every compressed layer's values."""
     digest = hashlib.sha256()
     compressed = {f"{n}.values": m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     for name, stored in (dict(model.named_parameters()) | compressed).items():
         # whatever its layout in memory
         weight = stored.compressed().values if isinstance(stored, SparseLinear) else stored
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode() + some.numpy().tobytes())
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        for part in weight.detach().flatten().view(torch.uint8).split(_HASHED_AT_ONCE):
+            digest.update(part.cpu().numpy())
     return digest.hexdigest()
+
+
+def _windows_sha256(windows: Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,19 +1,25 @@
 """The forms of the command retrain for language models: cycles and reconstruction."""
 
+import dataclasses
 import json
 import math
 
 import pytest
+import torch
+import yaml
 
-from trisparse.cli.config_file import read_settings
+from trisparse.cli import retrain_reconstruct
+from trisparse.cli.config_file import read_settings, read_yaml, section_of, value_of
 from trisparse.cli.retrain_cycles import section
-from trisparse.retrain import cycles
-from trisparse.retrain.cycles import CyclesConfig, prune_cycles
+from trisparse.cli.retrain_job import Job
+from trisparse.retrain import cycles, plans
+from trisparse.retrain.cycles import CyclesConfig, LayerCollapseError, prune_cycles
 from trisparse.retrain.perp import PERPConfig
 from trisparse.retrain.plans import cycles_plan, reconstruction_plan
 from trisparse.retrain.reconstruct import ReconstructConfig
 from trisparse.sparsity.checkpoint import load, read_info
 from trisparse.sparsity.mask import check_masks, masks, masks_sha256
+from trisparse.sparsity.pattern import Rows
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +133,15 @@ def test_dry_run_of_cycles_leaves_the_model_alone(tiny_llama, invoke):
     config = CyclesConfig(cycles=2, retraining=PERPConfig(seq_len=16))
     with pytest.raises(ValueError, match="must be above the present sparsity"):
         cycles_plan(model, "25%", config)
+    # what the run itself refuses before it starts
+    with pytest.raises(ValueError, match="has no room for all that is pruned already"):
+        cycles_plan(model, Rows(0.6), config)
+    with pytest.raises(ValueError, match="did you mean 'magnitude'"):
+        cycles_plan(model, "75%", dataclasses.replace(config, method="magnitud"))
+    with pytest.raises(LayerCollapseError, match="would prune"):
+        cycles_plan(model, "99.99% layer", config)
+    assert cycles_plan(model, "99.99% layer", dataclasses.replace(config, allow_collapse=True))
+    assert masks_sha256(model) == before
     for name, module in model.named_modules():
         if name.endswith("mlp.up_proj"):
             module.__dict__.pop("_trisparse_masks")  # a model of which only a part is pruned
@@ -135,6 +150,32 @@ def test_dry_run_of_cycles_leaves_the_model_alone(tiny_llama, invoke):
     assert plan.retraining.trainable["lora"] > 0
     assert masks_sha256(model) == before
     assert all((weights[name] == value).all() for name, value in model.state_dict().items())
+
+
+def test_cycles_are_split_as_the_launcher_says(tiny_llama, trisparse_error, monkeypatch):
+    command = ["--form", "cycles", "--sparsity", "75%", "--seq-len", 16, "--dry-run"]
+    fsdp = [*command, "--sharding", "fsdp"]
+    assert "and this is one" in trisparse_error("retrain", tiny_llama / "pruned", *fsdp)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    shown = trisparse_error("retrain", tiny_llama / "pruned", *fsdp, "--device", "cpu")
+    assert "device=cpu has no effect with sharding='fsdp'" in shown
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "--fsdp_version 2" in trisparse_error("retrain", tiny_llama / "pruned", *command)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    shown = trisparse_error("retrain", tiny_llama / "pruned", *command, "--device", "cpu")
+    assert "device=cpu has no effect with sharding='fsdp'" in shown
+
+
+def test_a_dry_run_is_printed_once(tiny_llama, invoke, monkeypatch):
+    command = ["--form", "cycles", "--sparsity", "75%", "--seq-len", 16, "--dry-run"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    assert invoke(tiny_llama / "pruned", *command) == ""
+    monkeypatch.setenv("RANK", "0")
+    assert "3 cycles" in invoke(tiny_llama / "pruned", *command)
 
 
 def test_reconstruct_by_options_and_by_a_file(tiny_llama, invoke, tmp_path):
@@ -151,11 +192,39 @@ def test_reconstruct_by_options_and_by_a_file(tiny_llama, invoke, tmp_path):
     (step,) = read_info(tmp_path / "r")["recipe"]
     assert (step["step"], step["targets"], step["rank"], step["learning_rate"]) == ("reconstruct", "sparse", 4, 1e-2)
 
-    options = ["--form", "reconstruct", "--dense", tiny_llama / "dense", "--data", text, "--groups", "norms"]
+    options = ["--form", "reconstruct", "--dense", tiny_llama / "dense", "--data", text, "--groups", "only:norms"]
     short = ["--samples", 4, "--seq-len", 16, "--steps", 2, "--out", tmp_path / "r", "--json"]
     out = json.loads(invoke(tiny_llama / "pruned", *options, *short))
     assert (out["groups"], out["samples"]) == (["norms"], 4)
     assert "rank" not in read_info(tmp_path / "r")["recipe"][0]
+
+
+@pytest.mark.parametrize(
+    ("given", "groups"),
+    [
+        ("norms", ("biases", "norms")),
+        ("perp", ("biases", "norms", "lora")),
+        ("biases", ("biases",)),
+        ("only:norms", ("norms",)),
+        ("lora", ("lora",)),
+        ("norms,lora", ("norms", "lora")),
+        ("full", ("full",)),
+    ],
+)
+def test_groups_of_a_reconstruction_are_named_as_elsewhere(tiny_llama, monkeypatch, given, groups):
+    seen = []
+
+    def watch(model, config):
+        seen.append(config.groups)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(plans, "reconstruction_plan", watch)
+    monkeypatch.setattr(retrain_reconstruct, "load_model", lambda model: (torch.nn.Linear(1, 1), None, []))
+    settings = value_of("groups", section_of(ReconstructConfig)["groups"], given)
+    job = Job.of(str(tiny_llama / "pruned"), {"groups": settings, "device": "cpu"}, dry_run=True, as_json=False)
+    with pytest.raises(ValueError, match="seen enough"):
+        retrain_reconstruct.run(job)
+    assert seen == [groups]
 
 
 def test_dry_run_of_a_reconstruction(tiny_llama, invoke):
@@ -191,6 +260,13 @@ def test_a_nested_file(tmp_path):
         "sparsity": 0.5,
     }
     assert math.isclose(settings["retraining"]["learning_rate"], 1e-4)
+    for text, found in (
+        ("2:4", "2:4"), ("3:4", "3:4"), ("16:32", "16:32"), ("1:4.5", "1:4.5"), ("50%", "50%"), ("0.5", 0.5)
+    ):  # fmt: skip
+        file.write_text(f"sparsity: {text}\n")
+        assert read_settings(file, section()) == {"sparsity": found}
+    file.write_text("numbers: [7, -7, 0, 1_000, 0x10, 0b11, 1., .5, -1.5e+3, -.inf, true, 2001-02-03]\n")
+    assert read_yaml(file) == yaml.safe_load(file.read_text())
     file.write_text("freezing:\n")
     assert read_settings(file, section()) == {}
     for text, match in (

@@ -225,6 +225,9 @@ def test_settings_of_a_file(tmp_path):
         ("output_dir: true\n", "output_dir must be text, got True"),
         ("rank: [1, 2]\n", r"rank must be one value, got \[1, 2\]"),
         ("rank: {a: 2}\n", "rank must be one value, got {'a': 2}"),
+        ("report_to:\n", "settings.yaml: report_to has no value: give one, or leave it out"),
+        ("learning_rates: [1e-4, null]\n", "learning_rates has no value"),
+        ("rank: ~\n", "rank has no value"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, text, match):

@@ -18,7 +18,7 @@ from trisparse.retrain.images import Images, ImageTransform
 from trisparse.retrain.plans import vision_plan
 from trisparse.retrain.schedule import ALLR, CLR, FT, LLR, LRW, SLR, Linear, Original, pruning_change
 from trisparse.retrain.vision import VisionConfig, retrain_vision
-from trisparse.sparsity.checkpoint import load, read_info
+from trisparse.sparsity.checkpoint import load, read_info, save
 from trisparse.sparsity.mask import check_masks, masks
 from trisparse.sparsity.sparsify import sparsify
 
@@ -107,7 +107,7 @@ def test_images_are_augmented_to_train_on_alone(folder, trained, invoke, tmp_pat
     assert (len(given["validation"]), given["validation"].transform) == (8, ImageTransform(8, (0.5,), (0.5,)))
 
 
-def test_dry_run(folder, trained, invoke):
+def test_dry_run(folder, trained, invoke, monkeypatch):
     options = ["--data", folder / "images", "--sparsity", "50%", "--groups", "perp", "--rank", 2, "--epochs", 3]
     command = [trained, *options, "--batch-size", 6, *GREY, "--dry-run"]
     out = json.loads(invoke(*command, "--json"))
@@ -115,6 +115,9 @@ def test_dry_run(folder, trained, invoke):
     assert out["memory"]["optimizer"] == out["memory"]["gradients"] == 4 * sum(out["trainable"].values())
     assert out["memory"]["total"] == sum(value for name, value in out["memory"].items() if name != "total")
     assert "estimated" in invoke(*command)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert invoke(*command) == ""  # the first process prints
 
 
 def test_a_plan_is_what_retraining_does(trained, folder):
@@ -223,6 +226,10 @@ def test_a_nested_file(tmp_path):
     file.write_text("schedule: {name: LLR, milestones: '30, 60', rates: [1e-1]}\n")
     settings = read_settings(file, section())
     assert settings == {"schedule": {"name": "LLR", "milestones": (30, 60), "rates": (0.1,)}}
+    for text in ("mean:\n", "std:\n", "sparsity:\n", "augment:\n", "schedule: {peak: }\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"(mean|std|sparsity|augment|schedule\.peak) has no value: give one"):
+            read_settings(file, section())
     file.write_text("peak: 0.1\n")
     with pytest.raises(ValueError, match="'peak' is a setting of 'schedule'"):
         read_settings(file, section())
@@ -259,6 +266,18 @@ def test_errors_are_short(folder, tmp_path, args, message, trisparse_error):
     shown = trisparse_error("retrain", folder / "dense", "--form", "vision", *(names.get(arg, arg) for arg in args))
     assert message in shown
     assert shown.startswith("error: ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_pruned_classifier_is_not_pruned_anew(folder, tmp_path, trisparse_error):
+    model = ResNetForImageClassification.from_pretrained(folder / "dense")
+    sparsify(model, "70% global", "magnitude", include="*", progress=False)
+    save(model, tmp_path / "pruned")
+    for dry in ((), ("--dry-run",)):
+        options = ["--form", "vision", "--sparsity", "50%", *NEW[2:], *dry, "--data", folder / "images"]
+        new = [tmp_path / "new" if option == "NEW" else option for option in options]
+        shown = trisparse_error("retrain", tmp_path / "pruned", *new)
+        assert "is pruned already, and pruning anew may bring weights back: leave sparsity out" in shown
     assert not (tmp_path / "new").exists()
 
 

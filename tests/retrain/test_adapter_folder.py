@@ -71,6 +71,18 @@ def test_adapters_of_other_masks_or_of_a_model_that_is_gone_are_refused(folders)
         load_adapted_model(folder / "adapters")
 
 
+def test_adapters_of_other_weights_are_refused(folders):
+    folder, _ = folders
+    model = load(folder / "base")
+    save(model, folder / "base")
+    load_adapted_model(folder / "adapters")  # the same once more
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1, -1] += 1
+    save(model, folder / "base")
+    with pytest.raises(CheckpointError, match="were trained for other weights than those of"):
+        load_adapted_model(folder / "adapters")
+
+
 def test_a_damaged_folder_is_named(folders):
     folder, _ = folders
     with pytest.raises(CheckpointError, match=r"it has no trisparse_adapters\.json"):

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import TrainerCallback
 
 from trisparse.retrain import run_folder
 from trisparse.retrain.perp import retrain
-from trisparse.retrain.run_folder import RUN_FILE, TRAINED_FILE, checkpoints
+from trisparse.retrain.run_folder import RUN_FILE, TRAINED_FILE, checkpoints, weights_sha256
 from trisparse.sparsity.compression import compress
 from trisparse.sparsity.linear import SparseLinear
 
@@ -117,3 +118,33 @@ def test_auto_is_the_dtype_that_it_was_on_the_machine_of_the_run(build, tokens, 
 
 def test_what_may_differ_are_settings(quick):
     assert set(run_folder._FREE) < set(vars(quick()))
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (64, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_counts_in_the_hash_of_the_weights(shape, dtype, monkeypatch):
+    monkeypatch.setattr(run_folder, "_HASHED_AT_ONCE", 1000)  # no multiple of a row
+    model = nn.Linear(shape[1], shape[0], dtype=dtype)
+    before, weight = weights_sha256(model), model.weight.detach().clone()
+    found = {before}
+    for part in ((slice(None), slice(1, None)), (slice(None), slice(0, 1)), (shape[0] // 2, 5), (-1, -1)):
+        with torch.no_grad():
+            model.weight.copy_(weight)
+            model.weight[part] += 1
+        found.add(weights_sha256(model))
+    assert len(found) == 5
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    assert weights_sha256(model) == before
+    model.weight = nn.Parameter(weight.t().contiguous().t())  # the layout in memory does not count
+    assert weights_sha256(model) == before
+
+
+def test_the_values_of_compressed_layers_count_in_the_hash(build):
+    model = build("llama")
+    compress(model)
+    before = weights_sha256(model)
+    layer = next(module for module in model.modules() if isinstance(module, SparseLinear))
+    last = layer.weight.flatten().nonzero()[-1]
+    layer.set_weight(layer.weight.flatten().index_add(0, last, torch.ones(1)).view_as(layer.weight))
+    assert weights_sha256(model) != before

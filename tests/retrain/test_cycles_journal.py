@@ -57,9 +57,10 @@ def cycles(model, tokens, folder, target="70%", resume=False, **changes):
     """Three cycles of four steps, with a checkpoint after every two."""
     own = {"rank": 4, "learning_rate": 1e-2, "batch_size": 2, "gradient_accumulation": 1, "seq_len": 16}
     own |= {"dtype": "fp32", "steps": 4, "save_steps": 2, "output_dir": folder, "resume": resume}
+    validation = changes.pop("validation", tokens[:4])
     retraining = PERPConfig(**own | changes.pop("retraining", {}))
     config = CyclesConfig(cycles=3, retraining=retraining, method="wanda", **changes)
-    return prune_cycles(model, target, tokens, config, validation=tokens[:4], progress=False)
+    return prune_cycles(model, target, tokens, config, validation=validation, progress=False)
 
 
 def results(report):
@@ -198,7 +199,9 @@ def test_only_the_same_run_resumes(build, tokens, tmp_path, unbroken):
     refused(r"cycles.json is of another run, resume needs the same: target$", target="60%")
     refused(r"needs the same: learning_rate, rank$", retraining={"learning_rate": 1e-3, "rank": 2})
     refused(r"needs the same: schedule$", schedule="linear")
-    refused(r"needs the same: data$", data=tokens.flip(0, 1))
+    refused(r"needs the same: data$", data=tokens.flip(0, 1), validation=tokens[:4])
+    refused(r"needs the same: validation$", validation=tokens[1:5])
+    refused(r"needs the same: validation$", validation=None)
     other = dense(build)
     other.model.norm.weight.data.mul_(2)
     refused(r"needs the same: weights$", model=other)

@@ -75,6 +75,11 @@ def test_every_process_ends_with_the_same_weights_under_the_same_masks(launched,
     assert [found["grid"] for found in reports] == [1e-2, 1e-2]
 
 
+def test_processes_that_came_with_other_data_are_refused(reports):
+    for report in reports:
+        assert report["differ"] == "the processes differ in data: each must come with the same arguments"
+
+
 def test_one_process_writes_and_prints(launched):
     folder, _, done = launched
     assert [path.name for path in checkpoints(folder / "checkpoints")] == ["checkpoint-3", "checkpoint-6"]

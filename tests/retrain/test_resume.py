@@ -284,3 +284,18 @@ def test_full_retraining_and_every_variant_resume_to_the_same_bits(build, tokens
     assert report.resumed_at == 4
     assert same(resumed, unbroken)
     check_masks(resumed)
+
+
+def test_a_grid_that_chose_by_other_data_is_another_run(build, tokens, tmp_path, quick):
+    def retrained(validation, **changes):
+        config = quick(output_dir=tmp_path, **STEPS, **changes)
+        return retrain(build("llama"), tokens, config, validation=validation, progress=False)
+
+    grid = {"learning_rate": "grid", "learning_rates": (1e-4, 1e-2), "grid_steps": 1}
+    retrained(tokens[:4], **grid)
+    with pytest.raises(ValueError, match=r"another run, resume needs the same: validation$"):
+        retrained(tokens[1:5], resume=True, **grid)
+    assert retrained(tokens[:4], resume=True, **grid).resumed_at == 8
+    shutil.rmtree(tmp_path)
+    retrained(tokens[:4])
+    assert retrained(None, resume=True).resumed_at == 8  # it is measured, and decides nothing

@@ -34,12 +34,24 @@ def main(folder: Path) -> None:
     rates = {"learning_rate": "grid", "learning_rates": (1e-4, 1e-2), "grid_steps": 2}
     grid = retrain(other, tokens, conftest._quick(**options, **rates), validation=tokens, progress=False)
 
+    differ = ""
+    try:
+        retrain(conftest._build("opt"), tokens.roll(rank, 0), conftest._quick(**options), progress=False)
+    except ValueError as error:
+        differ = str(error)
+
     every = conftest._build("opt")
     full = conftest._quick(**options, groups="full", learning_rate=1e-3)
     losses = retrain(every, tokens, full, progress=False).losses
     (folder / f"rank-{rank}.json").write_text(
         json.dumps(
-            {"report": report.to_dict(), "masks": masks_sha256(model), "grid": grid.learning_rate, "full": losses}
+            {
+                "report": report.to_dict(),
+                "masks": masks_sha256(model),
+                "grid": grid.learning_rate,
+                "full": losses,
+                "differ": differ,
+            }
         )
     )
     sys.argv = ["trisparse", "retrain", str(folder / "pruned"), "--data", str(folder / "text.txt"), "--json"]

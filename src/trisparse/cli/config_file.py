@@ -13,11 +13,32 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml  # type: ignore[import-untyped]
 
 Section = Mapping[str, Any]
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML 1.1 without its numbers of base 60: ``2:4`` is a pattern, and not 124."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, number) for tag, number in found if tag not in (_INT, _FLOAT)]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    _INT, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
 
 
 def section_of(config: type) -> dict[str, Any]:
@@ -49,7 +70,7 @@ def read_yaml(file: Path) -> dict[Any, Any]:
         OSError: the file cannot be read.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
     if content is None:
@@ -89,13 +110,14 @@ def value_of(name: str, kind: str, value: Any) -> Any:
     where one is wanted.
 
     YAML 1.1 reads ``5e-4`` and ``1e3`` as texts, for want of a point or a sign: what is a number to Python is one here.
-    What is no text where one belongs is refused, as is a list where one value belongs.
+    What is no text where one belongs is refused, as is a list where one value belongs, and nothing (YAML's null) where
+    the setting has no None.
 
     Raises:
         ValueError: names the setting.
     """
     several = "Sequence" in kind
-    if value is None or isinstance(value, Path):
+    if isinstance(value, Path) or (value is None and re.search(r"\bNone\b", kind)):
         return value
     if isinstance(value, list | tuple):
         if not several:
@@ -111,6 +133,8 @@ def value_of(name: str, kind: str, value: Any) -> Any:
 
 
 def _one(name: str, kind: str, value: Any) -> Any:
+    if value is None:
+        raise ValueError(f"{name} has no value: give one, or leave it out")
     number, whole = re.search(r"\bfloat\b", kind), re.search(r"\bint\b", kind)
     if isinstance(value, str) and (number or whole):
         with contextlib.suppress(ValueError):

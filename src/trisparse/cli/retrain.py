@@ -47,8 +47,8 @@ def retrain(
     groups: Annotated[
         str | None,
         _trained(
-            help="A preset, each with those before it: biases, norms, linear-probing, perp; or full. Or groups with "
-            "commas: biases,norms,head,lora; only:norms is that group alone."
+            help="A preset, each with those before it: biases, norms, linear-probing (not for reconstruct), perp; or "
+            "full. Or groups with commas: biases,norms,head,lora; only:norms is that group alone."
         ),
     ] = None,
     variant: Annotated[str | None, _trained(help="mask_lora, scale_lora, lora_prune, lora.")] = None,

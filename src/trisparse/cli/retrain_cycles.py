@@ -7,7 +7,7 @@ from typing import Any
 from trisparse.cli.config_file import section_of
 from trisparse.cli.options import load_model, show
 from trisparse.cli.retrain_job import COMMON, HELD_OUT, Job, unused, used_settings
-from trisparse.cli.retrain_perp import perp_config, tell_resume
+from trisparse.cli.retrain_perp import perp_config, tell_resume, with_sharding
 
 
 def section() -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run(job: Job) -> None:
     from trisparse.retrain.cycles import CyclesConfig, prune_cycles
     from trisparse.retrain.freezing import GradualFreezing
     from trisparse.retrain.plans import cycles_plan
-    from trisparse.retrain.processes import check_launcher, is_main_process
+    from trisparse.retrain.processes import is_main_process
     from trisparse.sparsity.checkpoint import save
     from trisparse.sparsity.data import token_windows
     from trisparse.sparsity.pattern import parse_pattern
@@ -45,8 +45,8 @@ def run(job: Job) -> None:
     settings["retraining"] = perp_config(settings.get("retraining", {}))
     if "freezing" in settings:
         settings["freezing"] = GradualFreezing(**settings["freezing"])
+    settings["retraining"], where = with_sharding(settings["retraining"], job)
     options = CyclesConfig(**settings)
-    check_launcher()
     own = options.retraining
     job.check(own.output_dir, own.report_to)
     tell_resume(own)
@@ -54,11 +54,12 @@ def run(job: Job) -> None:
     calibrated = None if job.dry_run or calibration is None else load_text(calibration, split="calibration")
     held_out = None if job.dry_run or job.validation is None else load_text(job.validation, split="validation")
     model, tokenizer, recipe = load_model(job.model)
-    model.to(job.where())
-    dense = None if teacher is None else load_model(teacher)[0].to(job.where())
+    model.to(where)
+    dense = None if teacher is None else load_model(teacher)[0].to(where)
     if job.dry_run:
         plan = cycles_plan(model, pattern, options, teacher=dense, validation=job.validation)
-        show(plan.to_dict(), str(plan), job.as_json)
+        if is_main_process():
+            show(plan.to_dict(), str(plan), job.as_json)
         return
     if calibrated is not None:
         calibrated = token_windows(

@@ -27,6 +27,24 @@ def perp_config(settings: dict[str, Any]) -> Any:
     return PERPConfig(**with_groups(settings, PRESETS, GROUPS))
 
 
+def with_sharding(options: Any, job: Job) -> tuple[Any, Any]:
+    """``options`` with the sharding that the launcher chose, and the device that the whole model is put on.
+
+    Raises:
+        ValueError: the launcher asks for what is not supported, or a device was given for parts that choose their own.
+    """
+    import torch
+
+    from trisparse.retrain.processes import chosen_sharding
+
+    options = dataclasses.replace(options, sharding=chosen_sharding(options.sharding))
+    if options.sharding == "none":
+        return options, job.where()
+    if job.device is not None:
+        raise ValueError(f"device={job.device} has no effect with sharding='fsdp': each process takes its own GPU")
+    return options, torch.device("cpu")  # the parts go to the GPU, which may not hold all
+
+
 def tell_resume(options: Any) -> None:
     """Say on standard error that a run which may go on has nothing to go on from: its folder may be a slip."""
     from trisparse.retrain.cycles_journal import JOURNAL
@@ -40,12 +58,10 @@ def tell_resume(options: Any) -> None:
 
 def run(job: Job) -> None:
     """Retrain ``job.model``, or print what that would take."""
-    import torch
-
     from trisparse.retrain.adapter_folder import check_apart, save_adapters
     from trisparse.retrain.estimate import retraining_plan
     from trisparse.retrain.perp import retrain
-    from trisparse.retrain.processes import chosen_sharding, is_main_process
+    from trisparse.retrain.processes import is_main_process
     from trisparse.sparsity.checkpoint import read_info, save
     from trisparse.sparsity.data import token_windows
     from trisparse.sparsity.text import load_text
@@ -53,11 +69,7 @@ def run(job: Job) -> None:
     settings = dict(job.settings)
     teacher = settings.pop("teacher", None)
     options = perp_config(settings)
-    options = dataclasses.replace(options, sharding=chosen_sharding(options.sharding))
-    sharded = options.sharding == "fsdp"
-    if sharded and job.device is not None:
-        raise ValueError(f"device={job.device} has no effect with sharding='fsdp': each process takes its own GPU")
-    where = torch.device("cpu") if sharded else job.where()  # the parts go to the GPU, which may not hold all
+    options, where = with_sharding(options, job)
     read_info(job.model)
     job.check(options.output_dir, options.report_to)
     if job.out is not None and not options.merge:

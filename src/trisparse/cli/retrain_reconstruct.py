@@ -7,7 +7,7 @@ from typing import Any
 
 from trisparse.cli.config_file import section_of
 from trisparse.cli.options import load_model, show
-from trisparse.cli.retrain_job import COMMON, Job, used_settings
+from trisparse.cli.retrain_job import COMMON, Job, used_settings, with_groups
 
 
 def section() -> dict[str, Any]:
@@ -19,13 +19,14 @@ def section() -> dict[str, Any]:
 
 def run(job: Job) -> None:
     """Reconstruct ``job.model``, or print what that would take."""
+    from trisparse.retrain.groups import GROUPS, RECONSTRUCT_PRESETS
     from trisparse.retrain.plans import reconstruction_plan
     from trisparse.retrain.processes import process_count
     from trisparse.retrain.reconstruct import ReconstructConfig, reconstruct
     from trisparse.sparsity.checkpoint import read_info, save
     from trisparse.sparsity.text import load_text
 
-    settings = dict(job.settings)
+    settings = with_groups(job.settings, RECONSTRUCT_PRESETS, GROUPS)
     dense = settings.pop("dense", None)
     options = ReconstructConfig(**settings)
     if process_count() > 1:

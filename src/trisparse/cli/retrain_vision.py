@@ -42,6 +42,7 @@ def run(job: Job) -> None:
     from trisparse.retrain.schedule import pruning_change
     from trisparse.retrain.vision import VisionConfig, retrain_vision
     from trisparse.sparsity.checkpoint import save
+    from trisparse.sparsity.mask import masks
     from trisparse.sparsity.pattern import parse_pattern
     from trisparse.sparsity.sparsify import sparsify
 
@@ -65,6 +66,8 @@ def run(job: Job) -> None:
     job.check()
 
     model, recipe = load_classifier(job.model)
+    if pattern is not None and masks(model):
+        raise ValueError(f"{job.model} is pruned already, and pruning anew may bring weights back: leave sparsity out")
     processor = _processor(job.model)
     transform = _transform(model, processor, images)
     assert job.data is not None
@@ -84,7 +87,8 @@ def run(job: Job) -> None:
     options = dataclasses.replace(options, **({} if schedule is None else {"schedule": schedule}))
     if job.dry_run:
         plan = vision_plan(model, train, options)
-        show(plan.to_dict(), str(plan), job.as_json)
+        if is_main_process():
+            show(plan.to_dict(), str(plan), job.as_json)
         return
     report = retrain_vision(model, train, options, validation=held_out)
     if not is_main_process():

@@ -148,7 +148,8 @@ def test_shared_blocks_are_refused(pair, run, tokens):
     [
         ({"groups": ("head",)}, "groups must be one or more of biases, norms, lora, full"),
         ({"groups": ()}, "groups must be one or more"),
-        ({"groups": "lora"}, "groups must be one or more"),
+        ({"groups": "lora"}, "groups must be one of biases, norms, perp, full, or a sequence"),
+        ({"groups": "linear-probing"}, "groups must be one of biases, norms, perp, full, or a sequence"),
         ({"groups": ("full", "norms")}, "groups must be 'full' alone"),
         ({"targets": "both"}, "targets must be one of sparse, dense, got 'both'"),
         ({"dtype": "fp16"}, "dtype must be one of auto, fp32, bf16"),
