@@ -1,7 +1,7 @@
 """A folder of adapters that were not merged: PEFT's own files, what they belong to and how they were made.
 
-PEFT opens the folder with its config; ``trisparse_adapters.json`` names the pruned model with the hashes of its masks and
-of its weight files, so that :func:`load_adapted_model` puts them on that one and on no other.
+PEFT opens the folder with its config; ``trisparse_adapters.json`` names the pruned model with the hashes of its masks
+and of its weight files, so that :func:`load_adapted_model` puts them on that one and on no other.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def load_adapted_model(path: str | Path) -> tuple[PeftModel, list[dict[str, Any]
     """The pruned model under the adapters in ``path``, in eval mode, and the recipe.
 
     Raises:
-        CheckpointError: the folder is not ours or damaged, the pruned model is gone, or it has other masks or weights now.
+        CheckpointError: the folder is not ours or damaged, the pruned model is gone, or its masks or weights changed.
     """
     file = Path(path) / ADAPTERS_FILE
     try:
