@@ -202,7 +202,13 @@ def test_pixels_as_the_processor_says():
     assert _transform(colour, said, {}) == ImageTransform(64, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     assert _transform(colour, {**said, "size": {"height": 32, "width": 32}}, {"augment": True}).size == 32
     assert _transform(colour, {**said, "size": 16}, {"image_size": 8}).size == 8
+    assert _transform(colour, {**said, "crop_size": {"height": 48, "width": 48}}, {}).size == 48
+    assert _transform(colour, {**said, "crop_size": 48, "do_center_crop": False}, {}).size == 64
+    assert _transform(grey, {"do_normalize": False}, {}) == ImageTransform(mean=(0.0,), std=(1.0,))
     assert _transform(colour, {}, {}) == ImageTransform()
+    for other in ({"do_flip_channel_order": True}, {"rescale_factor": 1 / 127.5}, {"do_rescale": False}):
+        with pytest.raises(ValueError, match=f"the model's image processor .*{next(iter(other))}"):
+            _transform(colour, {**said, **other}, {})
     with pytest.raises(ValueError, match="images of 1 channels, and mean and std have 3 values: give --mean and --std"):
         _transform(grey, {}, {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,23 @@ def _processor(model: str) -> dict[str, Any]:
 def _transform(model: Any, processor: dict[str, Any], given: dict[str, Any]) -> Any:
     from trisparse.retrain.images import ImageTransform
 
+    if processor.get("do_flip_channel_order"):
+        raise ValueError(
+            "the model's image processor flips the channels (do_flip_channel_order), which is not done here"
+        )
+    factor = processor.get("rescale_factor", 1 / 255)
+    if not math.isclose(factor, 1 / 255) or not processor.get("do_rescale", True):
+        raise ValueError("the model's image processor does not scale pixels to [0, 1] (do_rescale, rescale_factor)")
     size = processor.get("size")
+    if processor.get("do_center_crop", True) and processor.get("crop_size") is not None:
+        size = processor["crop_size"]  # what is left of the larger image that was resized
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
-    said = {"size": size, "mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not processor.get("do_normalize", True):
+        channels = getattr(model.config, "num_channels", 3)
+        mean, std = [0.0] * channels, [1.0] * channels
+    said = {"size": size, "mean": mean, "std": std}
     wanted = {"size" if name == "image_size" else name: value for name, value in given.items()}
     found = {**{name: value for name, value in said.items() if value is not None}, **wanted}
     transform = ImageTransform(**found)
