@@ -67,7 +67,6 @@ class SparsityReport:
         targets: every pruned weight.
         skipped: every other parameter; biases and norms are one row.
         allocation: how the sparsity was spread over the layers, or None.
-        left_dense: weights of layers that the allocation leaves dense; they are part of its budget.
     """
 
     pattern: str
@@ -80,7 +79,6 @@ class SparsityReport:
     targets: list[TargetReport] = field(default_factory=list)
     skipped: list[SkippedReport] = field(default_factory=list)
     allocation: str | None = None
-    left_dense: int = 0
     update: str | None = None
 
     @property
@@ -99,6 +97,11 @@ class SparsityReport:
         return 1 - self.kept / self.total
 
     @property
+    def left_dense(self) -> int:
+        """Weights of layers that the allocation leaves dense; they are part of its budget."""
+        return sum(row.parameters for row in self.skipped if row.reason == DENSE_BY_ALLOCATION)
+
+    @property
     def allocated_sparsity(self) -> float:
         """Pruned share of the targets and of the layers that the allocation leaves dense: what a budget is of."""
         return (self.total - self.kept) / (self.total + self.left_dense)
@@ -113,7 +116,7 @@ class SparsityReport:
         content = asdict(self)
         for row, target in zip(content["targets"], self.targets, strict=True):
             row["sparsity"] = target.sparsity
-        totals = ("kept", "total", "sparsity", "allocated_sparsity", "model_sparsity")
+        totals = ("kept", "total", "left_dense", "sparsity", "allocated_sparsity", "model_sparsity")
         return {**content, **{name: getattr(self, name) for name in totals}}
 
     def to_json(self) -> str:

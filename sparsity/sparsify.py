@@ -20,12 +20,12 @@ from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
 from trisparse.sparsity.distributed import ALONE, Processes, running_processes
 from trisparse.sparsity.mask import HoldsMask
-from trisparse.sparsity.metric import METRICS, SPARSEGPT, Method, Metric, find_metric
+from trisparse.sparsity.metric import SPARSEGPT, Method, Metric, find_metric, shown_name
 from trisparse.sparsity.obs import UPDATES, Update, check_update
 from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.pruning import Pruning
-from trisparse.sparsity.report import DENSE_BY_ALLOCATION, SparsityReport, skipped_rows
+from trisparse.sparsity.report import SparsityReport, skipped_rows
 from trisparse.sparsity.selection import check_pattern
 from trisparse.sparsity.statistics import InputStatistics, is_fused_experts
 from trisparse.sparsity.targets import Target, Targets, find_targets, is_peft_wrapped
@@ -183,19 +183,17 @@ def sparsify(
             raise
     parameters = sum(p.numel() for p in model.parameters())
     texts = {row.pattern for row in pruning.rows} if isinstance(spread, PerLayer) else {str(pattern)}
-    skipped = skipped_rows([*targets.skipped, *pruning.unreached], parameters)
     return SparsityReport(
         pattern=texts.pop() if len(texts) == 1 else "mixed",
-        method=metric.name if {**METRICS, SPARSEGPT.name: SPARSEGPT}.get(metric.name) == metric else str(metric),
+        method=shown_name(metric),
         propagate=propagate if reads_inputs else None,
         seconds=time.perf_counter() - start,
         samples=sum(batch_size(batch) for batch in batches),
         tokens=sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch),
         parameters=parameters,
         targets=pruning.rows,
-        skipped=skipped,
+        skipped=skipped_rows([*targets.skipped, *pruning.unreached], parameters),
         allocation=None if spread is None else str(spread),
-        left_dense=sum(row.parameters for row in skipped if row.reason == DENSE_BY_ALLOCATION),
         update=update,
     )
 

@@ -6,49 +6,35 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trisparse import cli
 from trisparse.cli.options import locate_model
 from trisparse.sparsity.checkpoint import load, read_info
 from trisparse.sparsity.mask import masks
 
-WORDS = ["the", "list", "of", "a", "dict", "is", "in", "python", "and", "or", "not"]
-
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """A tiny Llama and a tokenizer of eleven words, in shards."""
+def dense(tiny_llama, tmp_path_factory):
+    """The tiny Llama and its tokenizer, in shards."""
     folder = tmp_path_factory.mktemp("models") / "dense"
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**shape, vocab_size=16, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *WORDS])}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(tiny_llama / "dense").save_pretrained(folder, max_shard_size="20KB")
+    AutoTokenizer.from_pretrained(tiny_llama / "dense").save_pretrained(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
     return folder
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "text.txt"
-    file.write_text(" ".join(WORDS[i * i % len(WORDS)] for i in range(4000)))
-    return file
+def text(tiny_llama):
+    return tiny_llama / "text.txt"
 
 
-def invoke(*args):
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
+@pytest.fixture(scope="module")
+def invoke(trisparse_command):
+    return trisparse_command
 
 
 @pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
-def test_stream_writes_what_prune_writes_and_every_command_takes_it(dense, text, tmp_path, dtype):
+def test_stream_writes_what_prune_writes_and_every_command_takes_it(dense, text, invoke, tmp_path, dtype):
     options = ["--sparsity", "50%", "--method", "wanda", "--data", text, "--samples", 8, "--seq-len", 32, "--json"]
     options += [] if dtype is None else ["--dtype", dtype]
     plain = json.loads(invoke("prune", dense, "--out", tmp_path / "plain", *options))
@@ -77,7 +63,7 @@ def test_stream_writes_what_prune_writes_and_every_command_takes_it(dense, text,
     assert [entry["step"] for entry in read_info(tmp_path / "again")["recipe"]] == ["prune", "retrain", "prune"]
 
 
-def test_hidden_states_are_an_option_of_streaming(dense, tmp_path):
+def test_hidden_states_are_an_option_of_streaming(dense, invoke, tmp_path):
     with pytest.raises(ValueError, match="--hidden-states needs --stream"):
         invoke("prune", dense, "--out", tmp_path / "out", "--hidden-states", "disk")
 

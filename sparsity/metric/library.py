@@ -82,6 +82,11 @@ SPARSEGPT = _metric(
 )
 
 
+def shown_name(metric: Metric) -> str:
+    """What reports call ``metric``: the name of one that has one here, the expression of any other."""
+    return metric.name if {**METRICS, SPARSEGPT.name: SPARSEGPT}.get(metric.name) == metric else str(metric)
+
+
 def find_metric(method: Method, *, has_data: bool, has_gradients: bool = False) -> Metric:
     """The metric of a name in ``METRICS``, an expression, a JSON file or a Metric itself.
 

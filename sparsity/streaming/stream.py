@@ -23,12 +23,12 @@ from trisparse.sparsity.capture import Batch
 from trisparse.sparsity.checkpoint import check_output
 from trisparse.sparsity.distributed import ALONE, own_device, running_processes
 from trisparse.sparsity.gradient_statistics import GradientStatistics
-from trisparse.sparsity.metric import METRICS, SPARSEGPT, Method, Metric, find_metric
+from trisparse.sparsity.metric import Method, Metric, find_metric, shown_name
 from trisparse.sparsity.obs import Update, check_update
 from trisparse.sparsity.pattern import Pattern, Unstructured, parse_pattern
 from trisparse.sparsity.progress import progress_bar
 from trisparse.sparsity.pruning import Pruning
-from trisparse.sparsity.report import DENSE_BY_ALLOCATION, SparsityReport, TargetReport, skipped_rows
+from trisparse.sparsity.report import SparsityReport, TargetReport, skipped_rows
 from trisparse.sparsity.selection import check_pattern
 from trisparse.sparsity.sparsify import check_batches, check_distributed, checked_update
 from trisparse.sparsity.streaming.block_steps import BlockSteps
@@ -173,7 +173,7 @@ def stream_sparsify(
         **(recipe or {}),
         "seed": seed,
         "pattern": texts.pop() if len(texts) == 1 else "mixed",
-        "method": _shown(metric),
+        "method": shown_name(metric),
         "allocation": None if spread is None else str(spread),
         "update": update,
         "propagate": propagate if reads_inputs else None,
@@ -200,7 +200,6 @@ def stream_sparsify(
     lines = [steps.done[part] for part in sorted(steps.done)]
     unreached = [Skipped(name, tuple(shape), why) for line in lines for name, shape, why in line["unreached"]]
     parameters = sum(p.numel() for p in source.model.parameters())
-    skipped = skipped_rows([*targets.skipped, *unreached], parameters)
     return SparsityReport(
         pattern=step["pattern"],
         method=step["method"],
@@ -210,15 +209,10 @@ def stream_sparsify(
         tokens=step["tokens"],
         parameters=parameters,
         targets=[TargetReport(**{**row, "shape": tuple(row["shape"])}) for line in lines for row in line["rows"]],
-        skipped=skipped,
+        skipped=skipped_rows([*targets.skipped, *unreached], parameters),
         allocation=step["allocation"],
-        left_dense=sum(row.parameters for row in skipped if row.reason == DENSE_BY_ALLOCATION),
         update=update,
     )
-
-
-def _shown(metric: Metric) -> str:
-    return metric.name if {**METRICS, SPARSEGPT.name: SPARSEGPT}.get(metric.name) == metric else str(metric)
 
 
 def _check_arguments(pattern: Pattern, metric: Metric, propagate: str, hidden_states: str, gradients: object) -> None:

@@ -229,14 +229,16 @@ def _check_choice(weight: Tensor, factor: Tensor, mask: Tensor, n: int, m: int) 
 
 
 @pytest.fixture(scope="session")
-def check_obs_block() -> Callable[..., None]:
+def check_obs_block() -> Callable[..., Tensor]:
     """Assert that `obs_block` gives what its reference does, from (weight, U), the arguments after U, and the kind.
+
+    Returns its mask.
 
     Of exact inputs all is equal. Of random ones the mask may be another one where scores are equal up to rounding; for
     the mask that was chosen, weights and errors err by at most twice what the reference in fp32 does against fp64.
     """
 
-    def check(given: ObsInputs, arguments: Sequence[object], exact: bool = False, in_place: bool = False) -> None:
+    def check(given: ObsInputs, arguments: Sequence[object], exact: bool = False, in_place: bool = False) -> Tensor:
         weight, factor = given
         before = weight.clone()
         new, errors, mask = obs_block(weight, factor, *arguments, in_place=in_place)
@@ -253,5 +255,6 @@ def check_obs_block() -> Callable[..., None]:
         assert torch.equal(mask, expected)
         if not exact and arguments[0] is None:
             _check_choice(before, factor, mask, arguments[1], arguments[2])
+        return mask
 
     return check
