@@ -16,21 +16,18 @@ Reported for an A100-SXM-80GB with published peaks, on a bf16 weight that keeps 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trisparse.bench.bounds_record import GPU, write_bounds
 from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.compressed import CompressedWeight, compress
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.linear import linear
 
-GPU = "A100-SXM-80GB"
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = (1, 8, 16)
 FORMATS = (("2:4", 2, 4), ("n:m", 4, 8), ("bitmask", 0, 0))
@@ -117,16 +114,9 @@ def main() -> None:
                         flush=True,
                     )
     if options.json:
-        about = {
-            "what": f"bounds counted from PTX by emulation, for an {GPU}; nothing was measured on a GPU",
-            "dtype": "bfloat16",
-            "how": "python -m trisparse.bench.bounds_linear --json FILE",
-            "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US},
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": version("triton"),
-        }
-        options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+        write_bounds(
+            options.json, "bounds_linear", results, dtype="bfloat16", peaks={"dram_bytes_per_us": DRAM_BYTES_PER_US}
+        )
 
 
 if __name__ == "__main__":

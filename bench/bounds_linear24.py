@@ -19,16 +19,14 @@ bias: four CTAs, whose counts are scaled. For an A100-SXM-80GB with published pe
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trisparse.bench.bounds_record import write_bounds
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.linear24 import Lora, linear24
 
@@ -108,16 +106,13 @@ def main() -> None:
                 figures = " ".join(f"{row[name]:8.4g}" for name in columns)
                 print(f"{f'{rows}x{cols}':>11} {tokens:6} {rank:4} {row['binding']:>7} {figures}", flush=True)
     if options.json:
-        about = {
-            "what": "bounds counted from PTX by emulation, for an A100-SXM-80GB; nothing was measured on a GPU",
-            "dtype": "bfloat16",
-            "how": "python -m trisparse.bench.bounds_linear24 --json FILE",
-            "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US, "flops_per_us": FLOPS_PER_US},
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": version("triton"),
-        }
-        options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+        write_bounds(
+            options.json,
+            "bounds_linear24",
+            results,
+            dtype="bfloat16",
+            peaks={"dram_bytes_per_us": DRAM_BYTES_PER_US, "flops_per_us": FLOPS_PER_US},
+        )
 
 
 if __name__ == "__main__":

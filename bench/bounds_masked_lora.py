@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from trisparse.bench.bounds_record import write_bounds
 from trisparse.kernels import masked_lora
 from trisparse.kernels.launch import Emulator, ptxsim, using
 
@@ -96,12 +97,7 @@ def main() -> None:
                 results.append(row)
                 print(json.dumps(row), flush=True)
     if options.json:
-        about = {
-            "what": "bounds counted from PTX by emulation, for an A100-SXM-80GB; nothing was measured on a GPU",
-            "how": "python -m trisparse.bench.bounds_masked_lora --json FILE",
-            "dtype": "bfloat16",
-        }
-        options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+        write_bounds(options.json, "bounds_masked_lora", results, dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -16,18 +16,15 @@ scaled to all rows, each of which takes the same work. Reported for an A100-SXM-
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trisparse.bench.bounds_record import GPU, write_bounds
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.obs import MAX_BLOCK, obs_block
 
-GPU = "A100-SXM-80GB"
 ROWS = (4096, 11008)
 PATTERNS = ((0, 0), (2, 4), (4, 8))  # 0:0: the mask is given
 DRAM_BYTES_PER_US = 2039e3
@@ -84,16 +81,13 @@ def main() -> None:
                     flush=True,
                 )
     if options.json:
-        about = {
-            "what": f"bounds counted from PTX by emulation, for an {GPU}; nothing was measured on a GPU",
-            "block": MAX_BLOCK,
-            "how": "python -m trisparse.bench.bounds_obs --json FILE",
-            "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US, "fp32_flops_per_us": FP32_FLOPS_PER_US},
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": version("triton"),
-        }
-        options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+        write_bounds(
+            options.json,
+            "bounds_obs",
+            results,
+            block=MAX_BLOCK,
+            peaks={"dram_bytes_per_us": DRAM_BYTES_PER_US, "fp32_flops_per_us": FP32_FLOPS_PER_US},
+        )
 
 
 if __name__ == "__main__":

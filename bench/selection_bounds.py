@@ -16,18 +16,16 @@ bytes. A
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trisparse.bench.bounds_record import write_bounds
 from trisparse.kernels.launch import Emulator, using
 from trisparse.kernels.metric import compile_metric
 from trisparse.kernels.nm import select_nm
@@ -158,16 +156,13 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        about = {
-            "what": "bounds counted from PTX by emulation, for an A100-SXM-80GB; nothing was measured on a GPU",
-            "dtype": "bfloat16",
-            "how": "python -m trisparse.bench.selection_bounds --json FILE",
-            "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US, "issue_slots_per_us": SLOTS_PER_US},
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": version("triton"),
-        }
-        options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+        write_bounds(
+            options.json,
+            "selection_bounds",
+            results,
+            dtype="bfloat16",
+            peaks={"dram_bytes_per_us": DRAM_BYTES_PER_US, "issue_slots_per_us": SLOTS_PER_US},
+        )
 
 
 if __name__ == "__main__":
