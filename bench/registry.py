@@ -1,0 +1,138 @@
+"""The benchmarks by name: a decorated function each, which yields what is to be timed or what it measured itself.
+
+    @benchmark("select", "masks of one weight, against the usual implementations")
+    def select(options: Options) -> Iterator[Case | Measured]: ...
+
+The runner (bench/runner.py) checks, times and records what they yield.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["measurement", "bound"]
+Check = Callable[[Any, Any], None]
+
+# Where the functions are: importing these registers them.
+_MODULES: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say to every benchmark.
+
+    Attributes:
+        quick: small shapes and few repeats, minutes on a CPU.
+        device: where to run.
+        dtype: of weights and activations; None is the benchmark's own choice.
+        model: a Hugging Face id, a folder or ``smollm2``; None is the benchmark's own choice.
+        repeats: timed calls of each contestant; None is the benchmark's own choice.
+        only: run the cases alone whose name contains this.
+    """
+
+    quick: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype | None = None
+    model: str | None = None
+    repeats: int | None = None
+    only: str = ""
+
+    def __post_init__(self) -> None:
+        if self.repeats is not None and self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Contestants that do the same, for the runner to check against the reference and to time in turn.
+
+    Attributes:
+        name: of the case, with its shape: "row 50%, |W|, 4096x4096 fp32".
+        parameters: what a plot or a comparison groups by: rows, cols, tokens, dtype, pattern.
+        contestants: name to a function that does the work once and returns its result.
+        reference: returns what is right; called once, before anything is timed.
+        check: ``check(result, expected)`` raises an AssertionError where a contestant's result is wrong; by default
+            both are tensors that must be equal. A contestant that is wrong is not timed.
+        baseline: the contestant that speed-ups are relative to.
+        bytes: compulsory traffic of the work (inputs read once, outputs written once), for GB/s; None leaves it out.
+        flops: of the work, for TFLOP/s; None leaves it out.
+        peak: which of the device's peaks ``flops`` are compared with: a dtype's name ("float32", "bfloat16").
+        repeats: timed calls of each contestant.
+        metrics: more numbers by contestant, known without timing: bytes held, sparsity.
+        tokens: that one call handles, for tokens/s; None leaves it out.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    contestants: Mapping[str, Callable[[], Any]]
+    reference: Callable[[], Any]
+    baseline: str
+    check: Check | None = None
+    bytes: int | None = None
+    flops: int | None = None
+    peak: str = "float32"
+    repeats: int = 20
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark measured by itself, because it takes processes of its own, or states that change.
+
+    Attributes:
+        name, parameters, baseline: as in :class:`Case`; the baseline may be None.
+        seconds: contestant to seconds of each repeat, in the order of the rounds; contestants may be missing.
+        metrics: contestant to other numbers: tokens_per_s, perplexity, peak_bytes, model_bytes, published.
+        kind: ``"bound"`` where the numbers were counted or computed and not measured.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    baseline: str | None = None
+    kind: Kind = "measurement"
+
+
+Run = Callable[[Options], Iterator[Case | Measured]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A registered benchmark: its name, one line of help and the function."""
+
+    name: str
+    about: str
+    run: Run
+
+
+_REGISTERED: dict[str, Benchmark] = {}
+
+
+def benchmark(name: str, about: str) -> Callable[[Run], Run]:
+    """Register the decorated function as benchmark ``name``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(run: Run) -> Run:
+        if name in _REGISTERED:
+            raise ValueError(f"benchmark {name!r} is registered twice")
+        _REGISTERED[name] = Benchmark(name, about, run)
+        return run
+
+    return register
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """All benchmarks by name, sorted."""
+    for module in _MODULES:
+        import_module(module)
+    return dict(sorted(_REGISTERED.items()))
