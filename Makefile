@@ -25,9 +25,8 @@ lint: $(VENV)/.demo ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo ## selection on this CPU against the usual implementations
-	$(BIN)/python -m trisparse.bench.selection
-	$(BIN)/python -m trisparse.bench.obs_block
+bench: $(VENV)/.demo ## small benchmarks; BENCH=--benchmark-compare compares with the last ones
+	$(BIN)/python -m pytest tests/bench/benchmarks/families.py --benchmark-only --benchmark-autosave $(BENCH)
 
 figure: $(VENV)/.demo ## docs/perplexity.png: perplexity against sparsity on SmolLM2
 	$(BIN)/python -m trisparse.bench.perplexity_curve

@@ -18,7 +18,7 @@ from trisparse.sparsity.pattern import parse_pattern
 USUAL = "usual"
 _ROUNDS = 3
 _STDERR_LINES = 5
-_PRUNED_WITHIN = 0.02  # of the share asked for: SparseGPT's usual threshold takes ties along
+PRUNED_WITHIN = 0.02  # of the share asked for: SparseGPT's usual threshold takes ties along
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def run_rounds(jobs: list[Job], rounds: int, run: RunJob) -> tuple[dict[str, lis
             try:
                 one = run(job)
                 asked = parse_pattern(job.pattern).sparsity
-                if abs(one["sparsity"] - asked) > _PRUNED_WITHIN:
+                if abs(one["sparsity"] - asked) > PRUNED_WITHIN:
                     raise RuntimeError(f"pruned {one['sparsity']:.3f} of the weights and not {asked:.3f}")
             except RuntimeError as problem:
                 del found[job.contestant]

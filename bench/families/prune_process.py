@@ -53,7 +53,7 @@ def found_by(job: Job) -> Found:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRISPARSE_CACHE"] = cache  # gradients of a run before would cost nothing
         start = time.perf_counter()
-        _prune(model, calibration, job)
+        prune_model(model, calibration, job)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
@@ -91,7 +91,8 @@ def _blocks(model: Any) -> nn.Module:
     return blocks
 
 
-def _prune(model: Any, calibration: Tensor, job: Job) -> None:
+def prune_model(model: Any, calibration: Tensor, job: Job) -> None:
+    """Prune a Llama-like ``model`` in place as ``job`` says, on token ids [samples, seq_len]."""
     if job.how != USUAL:
         samples, seq_len = calibration.shape
         how: Any = job.how

@@ -134,7 +134,9 @@ def test_what_failed_is_raised_after_all_others():
     measured = prune.measure(Options(quick=True), run)
     cases = [next(measured).parameters["method"] for _ in range(3)]
     assert cases == ["wanda", "sparsegpt", "pruner-zero"]
-    with pytest.raises(RuntimeError, match="magnitude 50% layer, smollm2, 8x256 tokens: usual: no memory; .*trisparse"):
+    with pytest.raises(
+        RuntimeError, match=r"magnitude 50% layer, smollm2, 8x256 tokens: usual: no memory; .*trisparse"
+    ):
         next(measured)
 
 
