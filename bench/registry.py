@@ -19,7 +19,9 @@ Kind = Literal["measurement", "bound"]
 Check = Callable[[Any, Any], None]
 
 # Where the functions are: importing these registers them.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = (
+    "trisparse.bench.families.linear",
+)
 
 
 @dataclass(frozen=True)
