@@ -19,9 +19,7 @@ Kind = Literal["measurement", "bound"]
 Check = Callable[[Any, Any], None]
 
 # Where the functions are: importing these registers them.
-_MODULES: tuple[str, ...] = (
-    "trisparse.bench.families.linear",
-)
+_MODULES: tuple[str, ...] = ("trisparse.bench.families.linear",)
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,33 @@
 """``trisparse bench run linear``: a linear layer, dense by torch, against every backend that can run it compressed.
 
-| direction              | what is timed                                             | FLOPs (dense equivalent)   |
-|------------------------|-----------------------------------------------------------|----------------------------|
-| ``forward``            | y = x Wᵀ, with ``rank`` above 0 + s (x Aᵀ) Bᵀ             | 2 tokens rows cols         |
-| ``LoRA training``      | the same and the gradients of x, A and B                  | 4 tokens rows cols         |
-| ``masked LoRA training`` | y = x (W + M ⊙ s B A)ᵀ and the gradients of x, A and B  | 6 tokens rows cols         |
+| direction                | what is timed                                           | FLOPs (dense equivalent) |
+|--------------------------|---------------------------------------------------------|--------------------------|
+| ``forward``              | y = x Wᵀ, with ``rank`` above 0 + s (x Aᵀ) Bᵀ           | 2 tokens rows cols       |
+| ``LoRA training``        | the same and the gradients of x, A and B                | 4 tokens rows cols       |
+| ``masked LoRA training`` | y = x (W + M ⊙ s B A)ᵀ and the gradients of x, A and B  | 6 tokens rows cols       |
 
-x [tokens, cols], W [rows, cols] pruned by magnitude, its mask M, A [rank, cols], B [rows, rank]. Contestants are named as
-the backends in sparsity/backends.py; "dense" is torch's product with the masked weight (cuBLAS on a GPU), which for
+x [tokens, cols], W [rows, cols] pruned by magnitude, its mask M, A [rank, cols], B [rows, rank]. Contestants are named
+as the backends in sparsity/backends.py; "dense" is torch's product with the masked weight (cuBLAS on a GPU), which for
 masked LoRA forms W + M ⊙ s B A and leaves the rest to autograd, as PERP's own code does. "mask_lora" is
 kernels/masked_lora.py on the dense weight, "compressed" there retrain/masked_product.py on the compressed layer.
 
-Bytes are those of the *dense* weight, x and y (and in training dy and dx), each once, so that FLOP/s, GB/s and the share
-of the roofline have one scale for all contestants: a compressed weight may pass the dense roofline, above 1.
-``weight_bytes`` is what each contestant reads of the weight.
-
-A result is right if its greatest error against a wider dtype is at most twice that of torch's dense way, plus one unit
-of the dtype: the rule of sparsity/tuning.py.
+Bytes are those of the *dense* weight, x and y (and in training dy and dx), each once, so that FLOP/s, GB/s and the
+share of the roofline have one scale for all contestants: a compressed weight may pass the dense roofline, above 1.
+``weight_bytes`` is what each contestant holds of the weight. A result is right by the rule of families/accuracy.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trisparse.bench.families.accuracy import Expected, Results, check, expected, wider
+from trisparse.bench.families.models import layer_shapes
 from trisparse.bench.registry import Case, Options, benchmark
 from trisparse.kernels.masked_lora import mask_lora, mask_lora_ref
 from trisparse.retrain.masked_product import masked_product
@@ -56,36 +54,8 @@ TRAINING_TOKENS = 128  # training has at least so many
 RANK, SCALE = 16, 2.0
 
 Direction = Literal["forward", "LoRA training", "masked LoRA training"]
-Results = tuple[Tensor, ...]
+Contestants = tuple[dict[str, Callable[[], Results]], Callable[[], Expected]]
 _PRODUCTS: dict[Direction, int] = {"forward": 1, "LoRA training": 2, "masked LoRA training": 3}
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What is right, and how far each result may be from it, relative to its greatest magnitude."""
-
-    exact: Results
-    allowed: tuple[float, ...]
-
-
-def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the reference: fp64, on a GPU fp32 for half precision."""
-    return torch.float64 if device.type == "cpu" or dtype == torch.float32 else torch.float32
-
-
-def errors(found: Results, exact: Results) -> list[float]:
-    """The greatest error of each result, relative to the greatest magnitude of what is exact."""
-    return [
-        float((one.to(right.dtype) - right).abs().max()) / (float(right.abs().max()) or 1.0)
-        for one, right in zip(found, exact, strict=True)
-    ]
-
-
-def check(found: Results, expected: Expected) -> None:
-    """Raise an AssertionError unless every error is allowed; a NaN never is."""
-    for place, (error, allowed) in enumerate(zip(errors(found, expected.exact), expected.allowed, strict=True)):
-        if not error <= allowed:
-            raise AssertionError(f"result {place} has a relative error of {error:.1e}, allowed are {allowed:.1e}")
 
 
 class Weights:
@@ -138,12 +108,9 @@ class Weights:
         return found
 
 
-def forward_case(
-    weights: Weights, tokens: int, rank: int
-) -> tuple[dict[str, Callable[[], Results]], Callable[[], Any]]:
+def forward_case(weights: Weights, tokens: int, rank: int) -> Contestants:
     """(contestants, reference) of y; all are given the same x, A and B."""
-    rows, cols = weights.shape
-    x = weights.normal(tokens, cols, seed=1)
+    x = weights.normal(tokens, weights.shape[1], seed=1)
     lora = _adapter(weights, rank) if rank else None
 
     def dense(x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor, float] | None) -> Results:
@@ -162,14 +129,12 @@ def forward_case(
     def reference() -> Expected:
         wide_lora = None if lora is None else (lora[0].to(wide), lora[1].to(wide), lora[2])
         with torch.no_grad():
-            return _expected(dense(x.to(wide), weights.dense.to(wide), wide_lora), usual, weights.dtype)
+            return expected(dense(x.to(wide), weights.dense.to(wide), wide_lora), usual())
 
     return runs, reference
 
 
-def training_case(
-    weights: Weights, tokens: int, rank: int, *, masked: bool
-) -> tuple[dict[str, Callable[[], Results]], Callable[[], Any]]:
+def training_case(weights: Weights, tokens: int, rank: int, *, masked: bool) -> Contestants:
     """(contestants, reference) of y and the gradients of x, A and B, for plain or masked LoRA."""
     rows, cols = weights.shape
     a, b, scale = _adapter(weights, rank)
@@ -208,7 +173,7 @@ def training_case(
 
     def reference() -> Expected:
         run = _with_gradients(exact, tuple(tensor.to(wide) for tensor in inputs), dy.to(wide))
-        return _expected(run(), usual, weights.dtype)
+        return expected(run(), usual())
 
     return runs, reference
 
@@ -234,12 +199,6 @@ def _with_gradients(product: Callable[..., Tensor], inputs: Results, dy: Tensor)
         return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
     return call
-
-
-def _expected(exact: Results, usual: Callable[[], Results], dtype: torch.dtype) -> Expected:
-    """Twice torch's own error and one unit of the dtype are allowed."""
-    unit = torch.finfo(dtype).eps
-    return Expected(exact, tuple(2 * error + unit for error in errors(usual(), exact)))
 
 
 def kinds(tokens: int) -> Iterator[tuple[Direction, int]]:
@@ -279,7 +238,7 @@ def case(
             "rank": rank,
             "dtype": dtype,
             "models": models,
-        },  # fmt: skip
+        },
         contestants=runs,
         reference=reference,
         check=check,
@@ -301,12 +260,10 @@ def case_name(direction: str, shape: tuple[int, int], pattern: str, tokens: int,
 
 @benchmark("linear", "dense against compressed linear layers: 1 to 8192 tokens, with and without LoRA, training too")
 def linear(options: Options) -> Iterator[Case]:
-    """All shapes of the models above; ``--quick`` those of a small one. ``--model`` names one of them."""
+    """All shapes of the models above; ``--quick`` those of small ones, ``--model`` those of its layers."""
     table = QUICK_MODELS if options.quick else MODELS
     if options.model is not None:
-        if options.model not in (known := {**MODELS, **QUICK_MODELS}):
-            raise ValueError(f"model is {options.model!r}; linear has the shapes of {', '.join(known)}")
-        table = {options.model: known[options.model]}
+        table = {options.model: layer_shapes(options.model)}
     dtype = options.dtype or (torch.bfloat16 if options.device.type == "cuda" else torch.float32)
     repeats = options.repeats or (5 if options.quick else 20)
     name = str(dtype).removeprefix("torch.")
@@ -319,4 +276,4 @@ def linear(options: Options) -> Iterator[Case]:
                     if options.only not in case_name(direction, shape, pattern, tokens, rank, name):
                         continue
                     weights = weights or Weights(shape, pattern, dtype, options.device)
-                    yield case(weights, pattern, tokens, direction, rank, models, repeats)
+                    yield case(weights, pattern, tokens, direction, rank, models=models, repeats=repeats)
