@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ class Family:
                     metrics[name]["same_tokens"] = float(torch.equal(fed, chosen))
                 runs[name] = made[0]
             except torch.OutOfMemoryError:
-                print(f"decode {batch}x{new}, {self.pattern}: {name} is left out, no memory for it")
+                _left_out(f"decode {batch}x{new}, {self.pattern}", name)
             made.clear()
             _free()
         runs = {name: runs[name] for name in forms if name in runs}
@@ -235,7 +236,7 @@ class Family:
                     if not together:
                         seconds |= interleave({name: _call(steps[name], windows)}, self.repeats, timer)
             except torch.OutOfMemoryError:
-                print(f"{title}: {name} is left out, no memory for it")
+                _left_out(title, name)
                 steps.pop(name, None)
             if not together:
                 steps.pop(name, None)
@@ -314,6 +315,10 @@ def _call(function: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
 
 def _plans(model: Any) -> list[str]:
     return [str(layer.plan) for layer in model.modules() if isinstance(layer, SparseLinear)]
+
+
+def _left_out(case: str, contestant: str) -> None:
+    print(f"{case}: {contestant} is left out, the device has no memory for it", file=sys.stderr)
 
 
 def _free() -> None:
