@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trisparse.bench.bounds.record import GPU, Study, bounded, numbers
+from trisparse.bench.bounds.record import GPU, Study, bounded, figures
 from trisparse.bench.registry import Measured
 from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.compressed import CompressedWeight, compress
@@ -105,8 +105,7 @@ def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
-    own = numbers(row, "bound_us", "issue_us", "moved_bytes", "bytes_over_compulsory", "registers", "spill_bytes")
-    metrics = {"dense": {"bound_us": row["bound_us"] / row["of_dense"]}, "compressed": own}
+    metrics = {"dense": {"bound_us": row["bound_us"] / row["of_dense"]}, "compressed": figures(row)}
     about = {name: row[name] for name in ("format", "rows", "cols", "tokens", "rank", "binding")}
     yield bounded(_names(row)[0], about, metrics, "dense")
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from trisparse.bench.bounds.record import Study, bounded, numbers
+from trisparse.bench.bounds.record import Study, bounded, figures
 from trisparse.bench.registry import Measured
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.linear24 import Lora, linear24
@@ -99,8 +99,7 @@ def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
-    times = ("bound_us", "dram_us", "tensor_us", "shared_us", "issue_us", "l1_us", "l2_us")
-    own = numbers(row, *times, "dram_bytes", "dram_over_compressed", "registers", "spill_bytes", "occupancy")
+    own = figures(row, bytes_over_compulsory="dram_over_compressed")
     about = {name: row[name] for name in ("rows", "cols", "tokens", "rank", "binding")}
     yield bounded(_names(row)[0], about, {"dense": {"bound_us": row["dense_us"]}, "mma.sp": own}, "dense")
 

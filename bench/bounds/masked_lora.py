@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trisparse.bench.bounds.record import Study, bounded, numbers
+from trisparse.bench.bounds.record import Study, bounded, figures
 from trisparse.bench.registry import Measured
 from trisparse.kernels import masked_lora
 from trisparse.kernels.launch import Emulator, ptxsim, using
@@ -97,8 +97,8 @@ def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
 def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
     about = {"rows": row["out"], "cols": row["in"], "tokens": row["tokens"], "rank": row["rank"]}
     for name, part in zip(_names(row), _PARTS, strict=True):
-        own = numbers(row[part], "bound_us", "bytes", "over_compulsory", "over_read", "spill_bytes")
-        own |= {f"{resource.replace(' ', '_')}_us": us for resource, us in row[part]["resources_us"].items()}
+        times = {f"{resource.lower()}_us": us for resource, us in row[part]["resources_us"].items()}
+        own = figures({**times, **row[part]}, bytes_over_compulsory="over_compulsory")
         yield bounded(name, {**about, "part": part, "binding": row[part]["binding"]}, {f"{row['variant']}_lora": own})
 
 

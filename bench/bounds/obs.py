@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trisparse.bench.bounds.record import GPU, Study, bounded, numbers
+from trisparse.bench.bounds.record import GPU, Study, bounded, figures
 from trisparse.bench.registry import Measured
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.obs import MAX_BLOCK, obs_block
@@ -72,11 +72,7 @@ def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
-    own = {"bound_us": float(row["dram_us"])}
-    own |= numbers(
-        row, "dram_us", "issue_us", "product_us", "compulsory_bytes", "bytes_over_compulsory", "reread_bytes"
-    )
-    own |= numbers(row, "registers", "spill_bytes")
+    own = figures(row, bound_us="dram_us")
     about = {"rows": row["rows"], "cols": MAX_BLOCK, "n": row["n"], "m": row["m"], "by_columns": row["by_columns"]}
     yield bounded(_names(row)[0], {**about, "binding": "DRAM"}, {"obs_block": own})
 

@@ -15,6 +15,9 @@ import torch
 from trisparse.bench.registry import Measured
 
 GPU = "A100-SXM-80GB"
+SHOWN = (
+    "bound_us", "dram_us", "tensor_us", "shared_us", "issue_us", "bytes_over_compulsory", "registers", "spill_bytes",
+)  # fmt: skip
 RESULTS = Path(__file__).resolve().parents[1] / "results"  # in a checkout; an installed package has none
 
 
@@ -72,9 +75,13 @@ class Study:
         (folder / self.file).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def numbers(row: Mapping[str, Any], *names: str) -> dict[str, float]:
-    """The entries of these names that are numbers."""
-    return {name: float(row[name]) for name in names if row.get(name) is not None}
+def figures(row: Mapping[str, Any], **renamed: str) -> dict[str, float]:
+    """What a row of ``roofline`` shows of a case's counts, of those that it has; the record holds all.
+
+    ``renamed`` says under which name the case has a figure, where that is another one.
+    """
+    found = {name: row.get(renamed.get(name, name)) for name in SHOWN}
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def bounded(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trisparse.bench.bounds.record import Study, bounded, numbers
+from trisparse.bench.bounds.record import Study, bounded, figures
 from trisparse.bench.registry import Measured
 from trisparse.kernels.launch import Emulator, using
 from trisparse.kernels.metric import compile_metric
@@ -143,9 +143,7 @@ def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
-    own = {"bound_us": float(row["dram_us"])}
-    own |= numbers(row, "dram_us", "issue_us", "dram_over_compulsory", "warp_instructions_per_row", "conflicts")
-    own |= numbers(row, "local_bytes", "spill_bytes", "registers", "occupancy")
+    own = figures(row, bound_us="dram_us", bytes_over_compulsory="dram_over_compulsory")
     about = {"rows": row["rows"], "cols": row["cols"], "selection": row["case"], "binding": "DRAM"}
     yield bounded(_names(row)[0], about, {" + ".join(row["launches"]): own})
 

@@ -6,8 +6,8 @@ Two kinds of rows, all of ``kind="bound"``:
   ``bound_us`` is the least time that they allow, and of a linear layer ``speedup`` is the bound of the dense product
   over it. They are counted anew where ptxsim can be imported; with ``--quick``, or without ptxsim, they are read from
   the records in bench/results, and the parameter ``source`` names the file.
-- resources of the compiled kernels: registers, spilled bytes and shared memory, for sm_80. ``fits`` is 1 where nothing
-  spills and a CTA has room. They are compiled each time, by Triton's own ptxas.
+- resources of the compiled kernels: registers, spilled bytes and shared memory, for sm_80, compiled each
+  time by Triton's own ptxas.
 """
 
 from __future__ import annotations
@@ -85,8 +85,6 @@ def compiled(shape: tuple[int, int], wanted: tuple[str, ...] | None = None, only
                 "registers": float(kernel.registers),
                 "spill_bytes": float(kernel.spill_bytes),
                 "shared_bytes": float(kernel.shared_bytes),
-                "warps": float(kernel.num_warps),
-                "fits": float(not kernel.problems()),
             }
         parameters = {"gpu": GPU, "rows": rows, "cols": cols, "operation": name, "source": "compiled by Triton"}
         yield Measured(title, parameters, metrics, kind="bound")
