@@ -223,7 +223,8 @@ class Family:
         gate = Gate(self.masked)
         for name, (kind, packed) in TRAINING.items():
             own = self.compressed("memory") if packed else copy.deepcopy(self.masked)
-            self._gate_training(gate, name, kind, copy.deepcopy(own), windows, dtype)
+            if kind != "full":  # which is the masked dense model itself
+                self._gate_training(gate, name, kind, copy.deepcopy(own), windows, dtype)
 
             def train(name: str = name, kind: str = kind, own: Any = own) -> None:
                 steps[name] = step_of(kind, own, checkpointing=self.device.type == "cuda", dtype=dtype)
