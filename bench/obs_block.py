@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trisparse.bench.selection import interleave
+from trisparse.bench.timing import CpuTimer, interleave, summary
 from trisparse.kernels.obs import MAX_BLOCK, obs_block, obs_block_ref
 
 ROWS = (576, 1536, 4096)
@@ -55,7 +55,12 @@ def compare(rows: int, pattern: tuple[int, int] | None, by_columns: bool, repeat
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
     name = "mask" if pattern is None else f"{pattern[0]}:{pattern[1]}"
     case = {"rows": rows, "pattern": name, "by_columns": by_columns}
-    return {**case, **interleave(lambda w: ours(w)[2], lambda w: loop(w)[2], weight, repeats)}
+    times = interleave({"ours": lambda: ours(weight), "usual": lambda: loop(weight)}, repeats, CpuTimer())
+    row: dict[str, Any] = dict(case)
+    for contestant, seconds in times.items():
+        found = summary(seconds)
+        row[f"{contestant}_min_s"], row[f"{contestant}_median_s"] = found["min"], found["median"]
+    return row | {"ratio": row["usual_min_s"] / row["ours_min_s"]}
 
 
 def main() -> None:
