@@ -1,0 +1,113 @@
+"""What the sections of the report read from a row."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from trisparse.bench.rows import Row
+
+Key = TypeVar("Key", bound=Hashable)
+PAPERS = "papers/"  # names of benchmarks that are a paper's table begin so
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+    """The rows by ``key``, keys in the order of their first row."""
+    found: dict[Key, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def device(row: Row) -> str:
+    """What it ran on, or what its bounds hold for, by name: a CPU's model instead of "cpu"."""
+    if row.kind == "bound":
+        return str(row.parameters.get("gpu") or row.parameters.get("device") or row.device)
+    return processor(row.environment) if row.device == "cpu" else row.device
+
+
+def processor(environment: Mapping[str, Any]) -> str:
+    model = re.sub(r"\((R|TM|tm)\)|CPU|Processor|@.*", " ", str((environment.get("cpu") or {}).get("model") or "CPU"))
+    return " ".join(model.split()) or "CPU"
+
+
+def finite(value: Any) -> float | None:
+    """``value`` where it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def positive(value: Any) -> float | None:
+    """``value`` where it is a finite number above zero, which a log axis can show."""
+    number = finite(value)
+    return number if number is not None and number > 0 else None
+
+
+def perplexity(row: Row) -> float | None:
+    return positive(row.metrics.get("perplexity"))
+
+
+def speed(row: Row) -> float | None:
+    """Tokens/s of the row, or its speed-up."""
+    return positive(row.tokens_per_s) or positive(row.speedup)
+
+
+def sparsity(row: Row) -> float | None:
+    """The share of pruned weights, from 0.5, ``"50%"`` or ``"2:4"`` (two of four stay)."""
+    given = row.parameters.get("sparsity", row.metrics.get("sparsity"))
+    if isinstance(given, str):
+        if match := re.fullmatch(r"\s*([\d.]+)\s*%.*", given):
+            return float(match[1]) / 100
+        if match := re.fullmatch(r"(\d+):(\d+)", given):
+            return 1 - int(match[1]) / int(match[2])
+        return None
+    return finite(given)
+
+
+def pattern(row: Row) -> str | None:
+    """``"2:4"`` and the like where the row is of such a pattern."""
+    for given in (row.parameters.get("pattern"), row.parameters.get("sparsity")):
+        if isinstance(given, str) and re.fullmatch(r"\d+:\d+", given):
+            return given
+    return None
+
+
+def phase(row: Row) -> str:
+    """Prefill, decode or train: the first word of the case where no parameter says it."""
+    return str(row.parameters.get("phase") or row.parameters.get("mode") or (row.case.split() or [""])[0])
+
+
+def model(row: Row) -> str | None:
+    given = row.parameters.get("model")
+    return None if given is None else str(given)
+
+
+def intensity_and_rate(row: Row) -> tuple[float, float] | None:
+    """FLOP/byte and TFLOP/s: from the work of the case where the row has it, else from TFLOP/s and GB/s.
+
+    Of a bound the rate is what the counted time allows.
+    """
+    rate = positive(row.tflop_per_s) or positive(row.metrics.get("tflop_per_s"))
+    flops, moved = positive(row.metrics.get("flops")), positive(row.metrics.get("bytes"))
+    intensity = positive(row.metrics.get("intensity"))
+    bandwidth = positive(row.gb_per_s) or positive(row.metrics.get("gb_per_s"))
+    if intensity is None and flops is not None and moved is not None:
+        intensity = flops / moved
+    if intensity is None and rate is not None and bandwidth is not None:
+        intensity = rate * 1e3 / bandwidth
+    return None if intensity is None or rate is None else (intensity, rate)
+
+
+def peaks(row: Row) -> dict[str, float]:
+    """The device's peaks that the runner noted: ``gb_per_s``, and ``tflop_per_s``; what it does not know is missing."""
+    given = row.environment.get("peaks") or {}
+    found = {key: positive(given.get(key)) for key in ("gb_per_s", "tflop_per_s")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def whole_model(row: Row) -> bool:
+    """Whether its tokens/s are a model's, and not those of one layer, which names its rows and columns."""
+    return not {"rows", "cols"} <= row.parameters.keys()
