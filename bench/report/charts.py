@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MUTED = -1  # colour of a baseline
+_FAR = 5  # times as high as another group's highest bar: no common axis then
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart: blue, vermilion, green, purple, orange, sky.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b8578c", "#c98a00", "#3f97cf")
@@ -43,11 +44,26 @@ class Bars:
     reference: float | None = None
     bound: bool = False
 
-    def scale(self) -> Scale:
-        values = [bar.value for _, bars in self.groups for bar in bars]
-        if self.reference is None:
-            return Scale(0.0, max(values, default=1.0) * 1.02 or 1.0, log=False)
-        return Scale.around([*values, self.reference], log=True)
+    @property
+    def scales(self) -> list[Scale]:
+        """The axis of each group: one for all, unless the bars of some would be too short beside others'."""
+        groups = [[bar.value for bar in bars] for _, bars in self.groups]
+        values = [value for group in groups for value in group]
+        if self.reference is not None:
+            return [Scale.around([*values, self.reference], log=True)] * len(groups)
+        if self.own_scales:
+            return [Scale(0.0, max(group), log=False) for group in groups]
+        return [Scale(0.0, 1.02 * max(values), log=False)] * len(groups)
+
+    @property
+    def own_scales(self) -> bool:
+        highest = [max(bar.value for bar in bars) for _, bars in self.groups]
+        return self.reference is None and max(highest) > _FAR * min(highest)
+
+    @property
+    def label(self) -> str:
+        """Of the axis."""
+        return f"{self.axis}; each case has a scale of its own" if self.own_scales else self.axis
 
 
 @dataclass(frozen=True)
@@ -146,12 +162,12 @@ class Scale:
 
     def _log_ticks(self, most: int) -> list[float]:
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for digits in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        for digits in ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
             ticks = [digit * 10.0**power for power in powers for digit in digits]
             ticks = [tick for tick in ticks if self.low <= tick <= self.high]
             if len(ticks) <= most:
                 break
-        if len(ticks) < 2:  # a scale so short that no such number is inside
+        if len(ticks) < 3:  # a scale too short for such numbers
             return self._steps(most)
         return ticks[:: math.ceil(len(ticks) / most)]
 

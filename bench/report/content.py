@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trisparse.bench.report.charts import Chart
 from trisparse.bench.rows import Row
@@ -12,23 +12,22 @@ from trisparse.bench.rows import Row
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text; the first ``text`` columns are words, the others numbers. ``rows`` name each line's row."""
+    """Lines of text cells, and of each line the row that it shows. The first four columns are words, others numbers."""
 
     caption: str
     columns: Sequence[str]
     cells: Sequence[Sequence[str]]
-    text: int
-    rows: Sequence[Row] = ()
+    rows: Sequence[Row]
 
 
 @dataclass(frozen=True)
 class Content:
-    """Charts, tables that are shown, a table of all numbers, and remarks. Nothing of it where there are no rows."""
+    """Charts, tables in their stead, a table of all numbers, and remarks; without any line where there are no rows."""
 
     charts: Sequence[Chart] = ()
     shown: Sequence[Table] = ()
     numbers: Table | None = None
-    remarks: Sequence[str] = field(default=())
+    remarks: Sequence[str] = ()
 
     @property
     def rows(self) -> list[Row]:
@@ -55,5 +54,6 @@ class Section:
 
 
 def file_name(*parts: str) -> str:
-    """The parts as the name of a file: ``speed-up-select-cpu``."""
-    return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts if part)
+    """The parts as the name of a file, ``speed-up-select-cpu``; the kind only where it is "bound"."""
+    words = (re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts if part != "measurement")
+    return "-".join(filter(None, words))

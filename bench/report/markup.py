@@ -16,7 +16,7 @@ class Markup(str):
     __slots__ = ()
 
 
-def element(name: str, *children: str | None, **attributes: str | float | None) -> Markup:
+def element(name: str, /, *children: str | None, **attributes: str | float | None) -> Markup:
     """``<name attributes>children</name>``.
 
     Args:

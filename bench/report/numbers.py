@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
 def number(value: float) -> str:
@@ -45,3 +46,8 @@ def percent(value: float) -> str:
 
 def signed(value: float) -> str:
     return f"+{number(value)}" if value > 0 else number(value).replace("-", "−")
+
+
+def or_none(value: float | None, text: Callable[[float], str]) -> str:
+    """``text(value)``, or a dash where there is no value."""
+    return "–" if value is None else text(value)

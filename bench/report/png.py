@@ -46,28 +46,32 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _bars(chart: Bars) -> Any:
-    lines = sum(len(bars) + 1 for _, bars in chart.groups)
-    figure, axes = _figure(8, 1.1 + 0.2 * lines)
-    scale, start = chart.scale(), chart.reference or 0.0
+    """Bars over shares of the axis, as on the page: groups may have scales of their own."""
+    figure, axes = _figure(8, 1.1 + 0.2 * sum(len(bars) + 1 for _, bars in chart.groups))
     at, names = 0.0, {}
-    for label, bars in chart.groups:
-        axes.text(0, at, label, transform=axes.get_yaxis_transform(), fontsize=8, fontweight="bold", va="center", parse_math=False)
+    for (label, bars), scale in zip(chart.groups, chart.scales, strict=True):
+        axes.text(0.01, at, label, fontsize=8, fontweight="bold", va="center", parse_math=False)
         at -= 1
         for bar in bars:
             color = _GRAY if bar.color == MUTED else COLORS[bar.color % len(COLORS)]
-            how: dict[str, Any] = {"fill": False, "linestyle": "--", "edgecolor": color} if chart.bound else {"color": color}
-            axes.barh(at, bar.value - start, left=start, height=0.7, **how)
-            axes.text(max(bar.value, start), at, f" {chart.text(bar.value)}", fontsize=7, va="center")
+            how: dict[str, Any] = {"fill": False, "ls": "--", "edgecolor": color} if chart.bound else {"color": color}
+            start = scale.share(scale.low if chart.reference is None else chart.reference)
+            end = scale.share(bar.value)
+            axes.barh(at, end - start, left=start, height=0.7, **how)
+            axes.text(max(start, end), at, f" {chart.text(bar.value)}", fontsize=7, va="center")
             names[at] = bar.name
             at -= 1
+    scale = chart.scales[0]
+    ticks = [] if chart.own_scales else scale.ticks(5)
+    axes.set_xticks([scale.share(tick) for tick in ticks], [chart.text(tick) for tick in ticks], fontsize=8)
     axes.set_yticks(list(names), list(names.values()), fontsize=7, parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1.08)  # room for the last bar's number
     axes.set_ylim(at + 0.3, 0.7)
-    _set_scale(axes, "x", scale, chart.text)
     if chart.reference is not None:
-        axes.axvline(chart.reference, color="#1c2430", linewidth=0.8)
-    axes.set_xlabel(chart.axis, fontsize=8)
+        axes.axvline(scale.share(chart.reference), color="#1c2430", linewidth=0.8)
+    axes.set_xlabel(chart.label, fontsize=8, parse_math=False)
     title = f"{chart.title} (bound, not measured)" if chart.bound else chart.title
     axes.set_title(title, fontsize=10, loc="left", parse_math=False)
     return figure
@@ -92,10 +96,10 @@ def _plot(chart: Plot) -> Any:
         )
     _set_scale(axes, "x", across, chart.x.text)
     _set_scale(axes, "y", up, chart.y.text)
-    axes.set_xlabel(chart.x.label, fontsize=8)
+    axes.set_xlabel(chart.x.label, fontsize=8, parse_math=False)
     axes.set_ylabel(chart.y.label, fontsize=8)
     axes.set_title(chart.title, fontsize=10, loc="left", parse_math=False)
-    figure.legend(loc="outside lower left", frameon=False, fontsize=7, ncols=3)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=7, ncols=2)
     return figure
 
 

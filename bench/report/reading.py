@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from trisparse.bench.rows import Row
@@ -19,6 +20,19 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Ro
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return found
+
+
+NAME = ("benchmark", "case", "contestant", "kind")  # the columns of name()
+
+
+def name(row: Row) -> tuple[str, str, str, str]:
+    """What a table calls it."""
+    return row.benchmark, row.case, row.contestant, "bound" if row.kind == "bound" else "measured"
+
+
+def place(row: Row) -> tuple[str, str, str]:
+    """What one chart may hold together: bounds never stand among what was measured, nor devices beside each other."""
+    return row.benchmark, device(row), row.kind
 
 
 def device(row: Row) -> str:
@@ -48,11 +62,6 @@ def positive(value: Any) -> float | None:
 
 def perplexity(row: Row) -> float | None:
     return positive(row.metrics.get("perplexity"))
-
-
-def speed(row: Row) -> float | None:
-    """Tokens/s of the row, or its speed-up."""
-    return positive(row.tokens_per_s) or positive(row.speedup)
 
 
 def sparsity(row: Row) -> float | None:
@@ -101,11 +110,20 @@ def intensity_and_rate(row: Row) -> tuple[float, float] | None:
     return None if intensity is None or rate is None else (intensity, rate)
 
 
-def peaks(row: Row) -> dict[str, float]:
-    """The device's peaks that the runner noted: ``gb_per_s``, and ``tflop_per_s``; what it does not know is missing."""
+@dataclass(frozen=True)
+class Peaks:
+    """A device's peaks as the runner noted them: GB/s, TFLOP/s and the dtype of the latter."""
+
+    gb_per_s: float
+    tflop_per_s: float
+    dtype: str
+
+
+def peaks(row: Row) -> Peaks | None:
+    """Both peaks of the device; None where one is unknown."""
     given = row.environment.get("peaks") or {}
-    found = {key: positive(given.get(key)) for key in ("gb_per_s", "tflop_per_s")}
-    return {key: value for key, value in found.items() if value is not None}
+    moved, done = positive(given.get("bytes_per_s")), positive(given.get("flops_per_s"))
+    return None if moved is None or done is None else Peaks(moved / 1e9, done / 1e12, str(given.get("dtype")))
 
 
 def whole_model(row: Row) -> bool:

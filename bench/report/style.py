@@ -60,6 +60,7 @@ h3 { margin: 24px 0 8px; font-size: 1rem; }
 .empty { color: var(--soft); margin: 12px 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 28px 36px; }
 figure { margin: 0; min-width: 0; }
+details .charts { margin-top: 16px; }
 figcaption { font-weight: 600; margin-bottom: 6px; overflow-wrap: anywhere; }
 .tag { display: inline-block; margin-left: 8px; padding: 0 7px; border: 1px dashed var(--soft); border-radius: 999px;
   color: var(--soft); font-size: .75rem; font-weight: 400; white-space: nowrap; }
@@ -77,13 +78,15 @@ svg.plot { display: block; overflow: visible; margin: 8px 0 26px 56px; width: ca
 .legend li { display: flex; align-items: center; gap: 6px; overflow-wrap: anywhere; }
 details { margin-top: 10px; }
 summary { cursor: pointer; color: var(--link); font-size: .9rem; padding: 2px 0; width: fit-content; }
-.scroll { overflow-x: auto; max-height: 34rem; overflow-y: auto; border: 1px solid var(--line); border-radius: 8px; }
+.charts + details, details + details { margin-top: 8px; }
+.scroll { margin: 8px 0 14px; overflow-x: auto; max-height: 34rem; overflow-y: auto; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: .8125rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: 8px 10px; color: var(--soft); }
 th, td { padding: 5px 10px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { position: sticky; top: 0; background: var(--card); white-space: nowrap; font-weight: 600; }
 .number { text-align: right; white-space: nowrap; }
-td.text { min-width: 9rem; max-width: 26rem; overflow-wrap: anywhere; }
+td.text { min-width: 5.5rem; max-width: 26rem; overflow-wrap: break-word; }
+td.text:nth-child(2) { min-width: 11rem; }
 code { font: .8125rem/1.4 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; background: var(--code);
   border-radius: 4px; padding: 1px 5px; overflow-wrap: anywhere; }
 ol.commands { padding-left: 1.6rem; margin: 6px 0 0; font-size: .8125rem; color: var(--soft); }
@@ -100,7 +103,7 @@ footer { padding-bottom: 32px; color: var(--soft); font-size: .8125rem; }
   section { padding: 16px 14px; margin: 14px 0; }
   .bar { grid-template-columns: minmax(0, 1fr) 4.9rem; }
   .bar .name { grid-column: 1 / -1; text-align: left; }
-  .bar.axis .name { display: none; }
+  .bar.ticks .name { display: none; }
   dl { grid-template-columns: minmax(0, 1fr); }
   dt { margin-top: 4px; }
 }

@@ -40,59 +40,62 @@ def _percent(share: float) -> str:
 
 
 def _bars(chart: Bars) -> list[Markup]:
-    scale = chart.scale()
-    ticks = scale.ticks(5)
-    axis = _bar_axis(chart, scale, ticks)
+    scales = chart.scales
     groups = [
-        element("div", element("h4", label), *(_bar(bar, chart, scale, ticks) for bar in bars), class_="case")
-        for label, bars in chart.groups
+        element("div", element("h4", label), *(_bar(bar, chart, scale) for bar in bars), class_="case")
+        for (label, bars), scale in zip(chart.groups, scales, strict=True)
     ]
-    shown = [join(*groups[:_SHOWN]), axis]
+    axis = element("p", chart.label, class_="axis")
+    if not chart.own_scales:
+        axis = join(_ticks(chart, scales[0]), axis)
+    shown = [*groups[:_SHOWN], axis]
     if rest := groups[_SHOWN:]:
         one = "1 more case" if len(rest) == 1 else f"{len(rest)} more cases"
         shown.append(element("details", element("summary", f"Show {one}"), *rest, axis))
     return shown
 
 
-def _bar(bar: Bar, chart: Bars, scale: Scale, ticks: list[float]) -> Markup:
+def _grid(chart: Bars, scale: Scale) -> list[tuple[float, str]]:
+    """Values of the axis, and where they are."""
+    return [] if chart.own_scales else [(tick, _percent(scale.share(tick))) for tick in scale.ticks(5)]
+
+
+def _bar(bar: Bar, chart: Bars, scale: Scale) -> Markup:
     start = scale.share(scale.low if chart.reference is None else chart.reference)
     end = scale.share(bar.value)
-    left, width = min(start, end), max(abs(end - start), 0.004)
-    marks = [
-        *(element("line", class_="grid", x1=_percent(at), x2=_percent(at), y1=0, y2=_BAR) for at in _shares(scale, ticks)),
+    marks = [element("line", class_="grid", x1=at, x2=at, y1=0, y2=_BAR) for _, at in _grid(chart, scale)]
+    marks.append(
         element(
             "rect",
             class_=f"{_color(bar.color)}{' hollow' if chart.bound else ''}",
-            x=_percent(left),
-            width=_percent(width),
+            x=_percent(min(start, end)),
+            width=_percent(max(abs(end - start), 0.004)),
             y=3,
             height=_BAR - 6,
             rx=2,
-        ),
-    ]
+        )
+    )
     if chart.reference is not None:
         marks.append(element("line", class_="reference", x1=_percent(start), x2=_percent(start), y1=0, y2=_BAR))
-    return element(
-        "div",
-        element("span", bar.name, class_="name"),
-        element("svg", *marks, width="100%", height=_BAR, aria_hidden="true", focusable="false"),
-        element("span", chart.text(bar.value), class_="value"),
-        class_="bar",
-    )
+    return _line(bar.name, _drawing(marks, _BAR), chart.text(bar.value), "bar")
 
 
-def _shares(scale: Scale, ticks: list[float]) -> list[float]:
-    return [scale.share(tick) for tick in ticks]
+def _drawing(marks: list[Markup], height: int) -> Markup:
+    """As wide as there is room; read aloud is the text beside it."""
+    return element("svg", *marks, width="100%", height=height, aria_hidden="true", focusable="false")
 
 
-def _bar_axis(chart: Bars, scale: Scale, ticks: list[float]) -> Markup:
+def _line(name: str, drawing: Markup, value: str, kind: str) -> Markup:
+    cells = (element("span", name, class_="name"), drawing, element("span", value, class_="value"))
+    return element("div", *cells, class_=kind)
+
+
+def _ticks(chart: Bars, scale: Scale) -> Markup:
     labels = [
-        element("text", chart.text(tick), x=_percent(at), y=12, text_anchor=_anchor(at))
-        for tick, at in zip(ticks, _shares(scale, ticks), strict=True)
+        element("text", chart.text(tick), x=at, y=12, text_anchor=_anchor(scale.share(tick)))
+        for tick, at in _grid(chart, scale)
     ]
-    svg = element("svg", *labels, width="100%", height=16, aria_hidden="true", focusable="false")
-    line = element("div", element("span", class_="name"), svg, element("span", class_="value"), class_="bar axis")
-    return join(line, element("p", chart.axis, class_="axis"))
+    return _line("", _drawing(labels, 16), "", "bar ticks")
 
 
 def _anchor(share: float) -> str:
