@@ -93,9 +93,7 @@ def memory(rows: Sequence[Row]) -> Content:
                     bound=kind == "bound",
                 )
             )
-    cells = [
-        (*reading.name(row), *(or_none(positive(row.metrics.get(key)), size) for key in _MEMORY)) for row in used
-    ]
+    cells = [(*reading.name(row), *(or_none(positive(row.metrics.get(key)), size) for key in _MEMORY)) for row in used]
     return Content(charts, numbers=Table("Memory", (*reading.NAME, *_MEMORY.values()), cells, used))
 
 

@@ -33,10 +33,10 @@ def seconds(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes in KiB, MiB or GiB."""
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if value >= 2**power:
-            return f"{value / 2**power:.3g} {unit}" if value < 1000 * 2**power else f"{value / 2**power:,.0f} {unit}"
+    """Bytes in kB, MB or GB, powers of 1000."""
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if value >= 10**power:
+            return f"{number(float(f'{value / 10**power:.3g}'))} {unit}"
     return f"{value:.0f} B"
 
 

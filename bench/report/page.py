@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trisparse.bench.report import reading
+from trisparse.bench.report.charts import Chart
 from trisparse.bench.report.content import Content, Section, Table
 from trisparse.bench.report.markup import Markup, element, join
 from trisparse.bench.report.png import check_matplotlib, save_png
@@ -47,7 +48,18 @@ def write_report(rows: Sequence[Row], out: Path, *, png: bool = True) -> list[Pa
     page = out / PAGE
     page.write_text(render(rows, contents), encoding="utf-8")
     charts = [chart for content in contents.values() for chart in content.charts] if png else []
-    return [page, *(save_png(chart, out) for chart in charts)]
+    return [page, *(save_png(chart, out / file) for file, chart in _png_names(charts).items())]
+
+
+def _png_names(charts: Sequence[Chart]) -> dict[str, Chart]:
+    """The charts by file; names that differ in what a file's name cannot hold get a number."""
+    files: dict[str, Chart] = {}
+    for chart in charts:
+        file, number = f"{chart.name}.png", 2
+        while file in files:
+            file, number = f"{chart.name}-{number}.png", number + 1
+        files[file] = chart
+    return files
 
 
 def render(rows: Sequence[Row], contents: Mapping[Section, Content]) -> str:
@@ -121,8 +133,8 @@ def _machine(rows: Sequence[Row]) -> Markup:
     versions = {"python": environment.get("python")}
     versions |= {name: packages.get(name) for name in ("torch", "triton", "transformers")}
     memory = f"{cpu['memory_gib']} GiB" if cpu.get("memory_gib") else None
-    threads = f"{cpu.get('threads')} of {cpu.get('cores')} cores' threads" if cpu.get("cores") else None
-    commits = {}
+    threads = f"{cpu.get('threads')} threads on {cpu['cores']} cores" if cpu.get("cores") else None
+    commits: dict[str, None] = {}  # in the order of their first row
     for row in ordered:
         name = str(row.environment.get("commit") or "unknown")[:12]
         commits[name + (" (with uncommitted changes)" if row.environment.get("dirty") else "")] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from trisparse.bench.report import reading
 from trisparse.bench.report.charts import Axis, Guide, Plot, Point, Scale, Series, pareto_frontier
@@ -68,7 +69,7 @@ def frontier(rows: Sequence[Row]) -> Content:
 
 def _steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The edge of what the points of a frontier beat: nothing between two of them was reached."""
-    corners = [(slow, worse) for (slow, _), (_, worse) in zip(points, points[1:], strict=False)]
+    corners = [(slow, worse) for (slow, _), (_, worse) in pairwise(points)]
     return sorted([*points, *corners])
 
 

@@ -26,9 +26,8 @@ def check_matplotlib() -> None:
         ) from error
 
 
-def save_png(chart: Chart, folder: Path) -> Path:
-    """Write ``<chart.name>.png`` to ``folder``, and return it."""
-    file = folder / f"{chart.name}.png"
+def save_png(chart: Chart, file: Path) -> Path:
+    """Draw the chart to ``file``, and return it."""
     figure = _bars(chart) if isinstance(chart, Bars) else _plot(chart)
     figure.savefig(file)
     return file
@@ -81,7 +80,13 @@ def _plot(chart: Plot) -> Any:
     figure, axes = _figure(7, 4.6)
     across, up = chart.scales()
     for index, guide in enumerate(chart.guides):
-        axes.plot(*zip(*guide.points, strict=True), color="#5a6675", linewidth=1.2, linestyle=_STYLES[index % 3], label=_plain(guide.name))
+        axes.plot(
+            *zip(*guide.points, strict=True),
+            color="#5a6675",
+            linewidth=1.2,
+            linestyle=_STYLES[index % 3],
+            label=_plain(guide.name),
+        )
     for index, series in enumerate(chart.series):
         color = COLORS[index % len(COLORS)]
         axes.plot(

@@ -36,9 +36,9 @@ def place(row: Row) -> tuple[str, str, str]:
 
 
 def device(row: Row) -> str:
-    """What it ran on, or what its bounds hold for, by name: a CPU's model instead of "cpu"."""
-    if row.kind == "bound":
-        return str(row.parameters.get("gpu") or row.parameters.get("device") or row.device)
+    """What it ran on, a CPU by its model; or the GPU that bounds hold for, where they name one."""
+    if row.kind == "bound" and (gpu := row.parameters.get("gpu")):
+        return str(gpu)
     return processor(row.environment) if row.device == "cpu" else row.device
 
 

@@ -14,6 +14,7 @@ from trisparse.bench.report.plots import frontier, perplexity, roofline
 from trisparse.bench.report.reading import PAPERS, grouped
 from trisparse.bench.rows import Row
 
+
 def papers(rows: Sequence[Row]) -> Content:
     """Ours beside the published numbers, a table for each of the paper's."""
     tables = []
@@ -38,7 +39,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _measured(row: Row) -> tuple[str, float | None]:
     """The number of the table: perplexity or accuracy, or else the first that is not the published one."""
-    names = [name for name in ("perplexity", "accuracy") if name in row.metrics]
+    names: list[str] = [name for name in ("perplexity", "accuracy") if name in row.metrics]
     names += [name for name in row.metrics if name != "published"]
     return (names[0], row.metrics[names[0]]) if names else ("–", None)
 

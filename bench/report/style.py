@@ -25,7 +25,9 @@ def _colors(colors: tuple[str, ...]) -> str:
 def style() -> str:
     """The style sheet: light, and dark where the system or the reader asks for it."""
     light, dark = _LIGHT_THEME + _colors(COLORS), _DARK_THEME + _colors(_DARK)
-    series = "\n".join(f".c{index} {{ fill: var(--c{index}); stroke: var(--c{index}); }}" for index in range(len(COLORS)))
+    series = "\n".join(
+        f".c{index} {{ fill: var(--c{index}); stroke: var(--c{index}); }}" for index in range(len(COLORS))
+    )
     return (
         f":root {{{light}}}\n@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{{dark}}} }}\n"
         f":root[data-theme=dark] {{{dark}}}\n{_RULES}\n{series}\n{_MARKS}"
@@ -46,12 +48,14 @@ header h1 { margin: 0; font-size: 1.6rem; letter-spacing: -.01em; flex: 1 1 auto
 header p { margin: 0; color: var(--soft); flex: 1 0 100%; }
 button { font: inherit; font-size: .875rem; color: var(--text); background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; padding: 4px 12px; cursor: pointer; }
-nav { position: sticky; top: 0; z-index: 1; background: var(--page); border-bottom: 1px solid var(--line); margin-top: 16px; }
+nav { position: sticky; top: 0; z-index: 1; background: var(--page); border-bottom: 1px solid var(--line);
+  margin-top: 16px; }
 nav ul { max-width: 1120px; margin: 0 auto; padding: 8px 20px; list-style: none; display: flex; gap: 4px 18px;
   overflow-x: auto; white-space: nowrap; font-size: .9rem; }
 nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px; margin: 20px 0;
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px;
+  margin: 20px 0;
   scroll-margin-top: 56px; }
 h2 { margin: 0 0 4px; font-size: 1.25rem; }
 h3 { margin: 24px 0 8px; font-size: 1rem; }
@@ -65,7 +69,8 @@ figcaption { font-weight: 600; margin-bottom: 6px; overflow-wrap: anywhere; }
 .tag { display: inline-block; margin-left: 8px; padding: 0 7px; border: 1px dashed var(--soft); border-radius: 999px;
   color: var(--soft); font-size: .75rem; font-weight: 400; white-space: nowrap; }
 h4 { margin: 10px 0 2px; font-size: .8125rem; font-weight: 600; overflow-wrap: anywhere; }
-.bar { display: grid; grid-template-columns: minmax(5rem, 9.5rem) minmax(0, 1fr) 4.9rem; gap: 0 8px; align-items: center;
+.bar { display: grid; grid-template-columns: minmax(5rem, 9.5rem) minmax(0, 1fr) 4.9rem; gap: 0 8px;
+  align-items: center;
   font-size: .8125rem; line-height: 1.25; padding: 1px 0; }
 .bar .name { color: var(--soft); text-align: right; overflow-wrap: anywhere; }
 .bar .value { font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -74,12 +79,14 @@ p.axis { margin: 0; font-size: .75rem; color: var(--soft); text-align: center; }
 p.axis.y { text-align: left; margin-bottom: 8px; }
 svg text { font-size: 11.5px; fill: var(--soft); }
 svg.plot { display: block; overflow: visible; margin: 8px 0 26px 56px; width: calc(100% - 72px); }
-.legend { list-style: none; margin: 8px 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .8125rem; }
+.legend { list-style: none; margin: 8px 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 16px;
+  font-size: .8125rem; }
 .legend li { display: flex; align-items: center; gap: 6px; overflow-wrap: anywhere; }
 details { margin-top: 10px; }
 summary { cursor: pointer; color: var(--link); font-size: .9rem; padding: 2px 0; width: fit-content; }
 .charts + details, details + details { margin-top: 8px; }
-.scroll { margin: 8px 0 14px; overflow-x: auto; max-height: 34rem; overflow-y: auto; border: 1px solid var(--line); border-radius: 8px; }
+.scroll { margin: 8px 0 14px; overflow-x: auto; max-height: 34rem; overflow-y: auto; border: 1px solid var(--line);
+  border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: .8125rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: 8px 10px; color: var(--soft); }
 th, td { padding: 5px 10px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -102,6 +109,7 @@ footer { padding-bottom: 32px; color: var(--soft); font-size: .8125rem; }
   nav ul { padding: 8px 12px; }
   section { padding: 16px 14px; margin: 14px 0; }
   .bar { grid-template-columns: minmax(0, 1fr) 4.9rem; }
+  .bar { padding-top: 4px; }
   .bar .name { grid-column: 1 / -1; text-align: left; }
   .bar.ticks .name { display: none; }
   dl { grid-template-columns: minmax(0, 1fr); }

@@ -6,6 +6,8 @@ width with text of one size. Colours and lines are classes that the page's style
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from trisparse.bench.report.charts import COLORS, MARKERS, MUTED, Bar, Bars, Chart, Plot, Point, Scale, Series
 from trisparse.bench.report.markup import Markup, element, join
 
@@ -149,7 +151,7 @@ def _segments(points: list[tuple[float, float]], kind: str) -> list[Markup]:
     """A line through points; ``<polyline>`` takes no shares of the width."""
     return [
         element("line", class_=kind, x1=_percent(x1), y1=y1, x2=_percent(x2), y2=y2)
-        for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False)
+        for (x1, y1), (x2, y2) in pairwise(points)
     ]
 
 
@@ -169,7 +171,13 @@ def _legend(chart: Plot) -> Markup:
     for index, series in enumerate(chart.series):
         shape = element("path", d=_PATHS[MARKERS[index % len(MARKERS)]])
         swatch = element(
-            "svg", shape, class_=_marker_class(index, series), viewBox="-7 -7 14 14", width=14, height=14, aria_hidden="true"
+            "svg",
+            shape,
+            class_=_marker_class(index, series),
+            viewBox="-7 -7 14 14",
+            width=14,
+            height=14,
+            aria_hidden="true",
         )
         entries.append(element("li", swatch, series.name, _bound_tag(series.hollow)))
     for index, guide in enumerate(chart.guides):

@@ -71,13 +71,12 @@ class Chromium:
         text, _, self._buffer = self._buffer.partition(b"\0")
         message = json.loads(text)
         method, params = message.get("method"), message.get("params")
-        if method == "Page.loadEventFired":
-            self.loaded = True
-        elif method in ("Runtime.exceptionThrown", "Log.entryAdded"):
-            self.problems.append(params)
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-            self.problems.append(params)
-        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:")):
+        self.loaded = self.loaded or method == "Page.loadEventFired"
+        if (
+            method in ("Runtime.exceptionThrown", "Log.entryAdded")
+            or (method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"))
+            or (method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:")))
+        ):
             self.problems.append(params)
         return message
 
