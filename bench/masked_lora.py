@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -56,6 +57,8 @@ def steps(tokens: int, out: int, inputs: int, rank: int, dtype: torch.dtype = to
 
 def peak_bytes(step: Step) -> int:
     """The most bytes that torch has allocated at once during ``step``, beyond what it had before."""
+    # The profiler's library writes two lines to standard error each time it runs, unless this says not to.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     used = peak = 0

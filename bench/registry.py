@@ -19,7 +19,11 @@ Kind = Literal["measurement", "bound"]
 Check = Callable[[Any, Any], None]
 
 # Where the functions are: importing these registers them.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = (
+    "trisparse.bench.families.linear",
+    "trisparse.bench.families.roofline",
+    "trisparse.bench.families.tokens",
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from trisparse.bench import train_speed
-from trisparse.bench.train_speed import CONTESTANTS, memory, speeds, step_of
+from trisparse.bench.train_speed import memory, speeds
+from trisparse.bench.training_steps import CONTESTANTS, step_of
 from trisparse.sparsity.mask import check_masks
 from trisparse.sparsity.sparsify import sparsify
 
