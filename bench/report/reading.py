@@ -95,19 +95,18 @@ def model(row: Row) -> str | None:
 
 
 def intensity_and_rate(row: Row) -> tuple[float, float] | None:
-    """FLOP/byte and TFLOP/s: from the work of the case where the row has it, else from TFLOP/s and GB/s.
-
-    Of a bound the rate is what the counted time allows.
+    """FLOP/byte and TFLOP/s: by GB/s and TFLOP/s where both are there, else by ``flops`` and ``bytes`` among the metrics
+    and the time, which is ``bound_us`` where it was counted.
     """
-    rate = positive(row.tflop_per_s) or positive(row.metrics.get("tflop_per_s"))
-    flops, moved = positive(row.metrics.get("flops")), positive(row.metrics.get("bytes"))
-    intensity = positive(row.metrics.get("intensity"))
-    bandwidth = positive(row.gb_per_s) or positive(row.metrics.get("gb_per_s"))
-    if intensity is None and flops is not None and moved is not None:
-        intensity = flops / moved
-    if intensity is None and rate is not None and bandwidth is not None:
-        intensity = rate * 1e3 / bandwidth
-    return None if intensity is None or rate is None else (intensity, rate)
+    moved, rate = positive(row.gb_per_s), positive(row.tflop_per_s)
+    if moved is not None and rate is not None:
+        return 1e3 * rate / moved, rate
+    flops, transfer = positive(row.metrics.get("flops")), positive(row.metrics.get("bytes"))
+    counted, measured = positive(row.metrics.get("bound_us")), positive(row.seconds.get("median"))
+    taken = measured if counted is None else counted / 1e6
+    if flops is None or transfer is None or taken is None:
+        return None
+    return flops / transfer, flops / taken / 1e12
 
 
 @dataclass(frozen=True)

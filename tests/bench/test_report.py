@@ -57,7 +57,7 @@ def rows():
     gpu = {"device": "GPU", "environment": {**ENVIRONMENT, "dirty": True, "peaks": PEAKS}}
     found.append(row("linear", "16 tokens", "triton", tflop_per_s=16.0, gb_per_s=1000.0, **gpu))
     bound = {"kind": "bound", "parameters": {"gpu": "GPU"}, "environment": {**ENVIRONMENT, "peaks": PEAKS}}
-    counted = {"flops": 32e9, "bytes": 1e9, "tflop_per_s": 60.0}
+    counted = {"flops": 32e9, "bytes": 1e9, "bound_us": 500.0}
     found.append(row("roofline", "32 tokens", "product", metrics=counted, **bound))
     found.append(row("roofline", "select", "registers", metrics={"registers": 128}, **bound))
     found.append(row("papers/perp-table-10", "50%", "PERP", metrics={"perplexity": 31.5, "published": 30.0}))
@@ -216,7 +216,7 @@ def test_roofline_has_measurements_filled_bounds_hollow_and_the_roof():
     assert (measured.name, measured.hollow) == ("linear: triton", False)
     assert (measured.points[0].x, measured.points[0].y) == (16.0, 16.0)  # 16 TFLOP/s over 1 TB/s
     assert (bound.name, bound.hollow) == ("roofline: product", True)
-    assert (bound.points[0].x, bound.points[0].y) == (32.0, 60.0)
+    assert (bound.points[0].x, bound.points[0].y) == (32.0, pytest.approx(64.0))  # 32 GFLOP in 500 us
     (roof,) = chart.guides
     assert roof.name == "roof, bfloat16: 2,000 GB/s, 300 TFLOP/s"
     assert all(y == pytest.approx(min(2 * x, 300)) for x, y in roof.points)
@@ -250,7 +250,13 @@ def test_many_cases_are_folded_away(tmp_path):
 
 
 def test_numbers():
-    assert [number(value) for value in (0, 0.012346, 12345.6, 1.5e9, math.inf)] == ["0", "0.01235", "12,346", "1.5e9", "∞"]
+    assert [number(value) for value in (0, 0.012346, 12345.6, 1.5e9, math.inf)] == [
+        "0",
+        "0.01235",
+        "12,346",
+        "1.5e9",
+        "∞",
+    ]
     assert [seconds(value) for value in (2, 0.0025, 3e-6, 4e-9)] == ["2 s", "2.5 ms", "3 µs", "4 ns"]
     assert [size(value) for value in (12, 1234, 270e6, 3.2e9)] == ["12 B", "1.23 kB", "270 MB", "3.2 GB"]
     assert (ratio(0.2134), signed(1.5), signed(-1.5)) == ("0.213×", "+1.5", "−1.5")
@@ -279,12 +285,17 @@ def test_command_writes_the_newest_rows_and_pngs_that_are_not_blank(tmp_path, tr
     pytest.importorskip("matplotlib")
     old = row("select", "row 50%, 4096x4096", "trisparse", baseline="usual", seconds=times(1.0), speedup=99.0)
     append_rows([old], tmp_path / "rows" / "a.jsonl")
-    append_rows([*rows(), row("select", "row 50%, 4096x4096", EVIL, baseline="usual", speedup=3.0)], tmp_path / "rows" / "b.jsonl")
+    append_rows(
+        [*rows(), row("select", "row 50%, 4096x4096", EVIL, baseline="usual", speedup=3.0)],
+        tmp_path / "rows" / "b.jsonl",
+    )
     out = tmp_path / "out"
     said = trisparse_command("bench", "report", tmp_path / "rows", "--out", out)
     files = sorted(out.glob("*.png"))
     assert said == f"wrote {out / 'index.html'} and {len(files)} PNGs\n"
-    assert {"speed-up-select-example.png", "tokens-tokens-decode-example.png", "roofline-gpu.png"} <= {f.name for f in files}
+    assert {"speed-up-select-example.png", "tokens-tokens-decode-example.png", "roofline-gpu.png"} <= {
+        f.name for f in files
+    }
     for file in files:
         assert len(Image.open(file).convert("RGB").getcolors(1 << 24)) > 20
     assert "99×" not in (out / "index.html").read_text()

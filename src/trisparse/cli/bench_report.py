@@ -22,15 +22,24 @@ def report(
 ) -> None:
     """Show the newest row of each benchmark's cases on one HTML page that opens without a network."""
     from trisparse.bench.report.page import write_report
-    from trisparse.bench.rows import RESULTS, newest, read_rows
+    from trisparse.bench.rows import newest, read_rows
 
     if rows and dirty:
         raise ValueError("--dirty is for bench/results/dirty: leave it out where files or folders are named")
-    given = rows or [RESULTS / ("dirty" if dirty else "runs")]
-    files = [file for path in given for file in _row_files(path)]
+    files = [file for path in rows or [_default(dirty)] for file in _row_files(path)]
     written = write_report(newest(read_rows(*files)), out, png=png)
     more = f" and {len(written) - 1} PNGs" if png else ""
     print(f"wrote {written[0]}{more}")
+
+
+def _default(dirty: bool) -> Path:
+    """Where the runner puts rows."""
+    from trisparse.bench.rows import RESULTS
+    from trisparse.bench.runner import OUTSIDE
+    from trisparse.env import checkout
+
+    root = checkout()
+    return OUTSIDE if root is None else root / RESULTS / ("dirty" if dirty else "runs")
 
 
 def _row_files(path: Path) -> list[Path]:
