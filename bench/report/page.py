@@ -133,13 +133,13 @@ def _machine(rows: Sequence[Row]) -> Markup:
     versions = {"python": environment.get("python")}
     versions |= {name: packages.get(name) for name in ("torch", "triton", "transformers")}
     memory = f"{cpu['memory_gib']} GiB" if cpu.get("memory_gib") else None
-    threads = f"{cpu.get('threads')} threads on {cpu['cores']} cores" if cpu.get("cores") else None
+    cores = f"{cpu['cores']} cores, threads: {cpu.get('threads')}" if cpu.get("cores") else None
     commits: dict[str, None] = {}  # in the order of their first row
     for row in ordered:
         name = str(row.environment.get("commit") or "unknown")[:12]
         commits[name + (" (with uncommitted changes)" if row.environment.get("dirty") else "")] = None
     about = {
-        "processor": ", ".join(part for part in (reading.processor(environment), threads, memory) if part),
+        "processor": ", ".join(part for part in (reading.processor(environment), cores, memory) if part),
         "CUDA": ", driver ".join(str(cuda[key]) for key in ("version", "driver") if cuda.get(key)) or None,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "system": environment.get("os"),

@@ -21,9 +21,7 @@ def perplexity(rows: Sequence[Row]) -> Content:
     places = {id(row): (100 * x, y) for row, x, y in known if x is not None and y is not None}
     used = sorted((row for row in rows if id(row) in places), key=lambda row: row.benchmark.startswith(PAPERS))
     charts = []
-    for (benchmark, model, kind), found in grouped(
-        used, lambda row: (row.benchmark, reading.model(row), row.kind)
-    ).items():
+    for (title, kind), found in grouped(used, lambda row: (reading.of_model(row), row.kind)).items():
         if len({places[id(row)][0] for row in found}) < 2:
             continue  # no curve; the table has the numbers
         series = []
@@ -33,9 +31,8 @@ def perplexity(rows: Sequence[Row]) -> Content:
             curve = pattern is None and len({point.x for point in points}) == len(points)
             name = contestant if pattern is None else f"{contestant}, {pattern}"
             series.append(Series(name, points, line=curve, hollow=kind == "bound"))
-        name = file_name("perplexity", benchmark, model or "", kind)
-        title = benchmark if model is None else f"{benchmark}, {model}"
-        charts.append(Plot(name, title, Axis("pruned weights, %", False, number), _PERPLEXITY, series))
+        axis = Axis("pruned weights, %", False, number)
+        charts.append(Plot(file_name("perplexity", title, kind), title, axis, _PERPLEXITY, series))
     remarks = []
     if left_out := sum("perplexity" in row.metrics and not reading.perplexity(row) for row in rows):
         remarks.append(f"Left out: {left_out} perplexities that are not finite.")

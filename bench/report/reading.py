@@ -31,8 +31,13 @@ def name(row: Row) -> tuple[str, str, str, str]:
 
 
 def place(row: Row) -> tuple[str, str, str]:
-    """What one chart may hold together: bounds never stand among what was measured, nor devices beside each other."""
-    return row.benchmark, device(row), row.kind
+    """What one chart may hold together: no two models or devices, and bounds never among what was measured."""
+    return of_model(row), device(row), row.kind
+
+
+def of_model(row: Row) -> str:
+    """The benchmark, with the model where its rows are of one."""
+    return row.benchmark if (named := model(row)) is None else f"{row.benchmark}, {named}"
 
 
 def device(row: Row) -> str:
@@ -95,8 +100,8 @@ def model(row: Row) -> str | None:
 
 
 def intensity_and_rate(row: Row) -> tuple[float, float] | None:
-    """FLOP/byte and TFLOP/s: by GB/s and TFLOP/s where both are there, else by ``flops`` and ``bytes`` among the metrics
-    and the time, which is ``bound_us`` where it was counted.
+    """FLOP/byte and TFLOP/s: by GB/s and TFLOP/s where both are there, else by the metrics ``flops`` and ``bytes`` and
+    the time, which is ``bound_us`` where it was counted.
     """
     moved, rate = positive(row.gb_per_s), positive(row.tflop_per_s)
     if moved is not None and rate is not None:

@@ -26,8 +26,10 @@ def papers(rows: Sequence[Row]) -> Content:
             theirs = reading.finite(row.metrics.get("published"))
             difference = None if ours is None or theirs is None or not isfinite(ours) else ours - theirs
             numbers = (or_none(ours, number), or_none(theirs, number), or_none(difference, signed))
-            cells.append((row.case, row.contestant, reading.model(row) or "–", what, *numbers))
-        columns = ("case", "contestant", "model", "what", "ours", "published", "difference")
+            at = (str(row.parameters.get("row", row.case)), str(row.parameters.get("column", row.contestant)))
+            what_ran = ", ".join(str(row.parameters[key]) for key in ("model", "scale") if key in row.parameters)
+            cells.append((*at, what_ran, what, *numbers))
+        columns = ("row", "column", "model and scale", "number", "ours", "published", "difference")
         tables.append(Table(benchmark.removeprefix(PAPERS), columns, cells, groups[benchmark]))
     return Content(shown=tables)
 
@@ -101,15 +103,15 @@ SECTIONS = (
     Section(
         "roofline",
         "Roofline",
-        "Rate over arithmetic intensity. Filled points were measured. Hollow points are bounds, counted or computed, "
-        "not measured: no run can be faster than they are.",
+        "Rate over arithmetic intensity. Filled points were measured; hollow points are bounds, counted or computed, "
+        "not measured. A CPU's roof is measured in the same run, and what stays in its caches may exceed it.",
         "No row has an arithmetic intensity and a rate: trisparse bench run linear roofline",
         roofline,
     ),
     Section(
         "papers",
         "The papers' tables",
-        "Ours beside the published numbers, which are those of the paper's own models and data.",
+        "Ours beside the published numbers, which stand only where the paper's model ran.",
         "No row is of a paper's table: trisparse bench run papers/",
         papers,
     ),

@@ -15,7 +15,7 @@ from trisparse.bench.report.page import write_report
 from trisparse.bench.report.plots import frontier, perplexity, roofline
 from trisparse.bench.report.reading import sparsity
 from trisparse.bench.report.sections import SECTIONS, papers
-from trisparse.bench.rows import Row, append_rows
+from trisparse.bench.rows import Row, append_rows, newest
 
 ENVIRONMENT = {
     "commit": "0123456789abcdef",
@@ -60,7 +60,16 @@ def rows():
     counted = {"flops": 32e9, "bytes": 1e9, "bound_us": 500.0}
     found.append(row("roofline", "32 tokens", "product", metrics=counted, **bound))
     found.append(row("roofline", "select", "registers", metrics={"registers": 128}, **bound))
-    found.append(row("papers/perp-table-10", "50%", "PERP", metrics={"perplexity": 31.5, "published": 30.0}))
+    cell = {"row": "PERP", "column": "50%", "model": "opt", "scale": "small"}
+    found.append(
+        row(
+            "papers/perp-table-10",
+            "PERP, 50%",
+            "ours",
+            parameters=cell,
+            metrics={"perplexity": 31.5, "published": 30.0},
+        )
+    )
     found.append(row("papers/perp-table-2", "50%", "none", metrics={"perplexity": math.inf, "published": 6000.0}))
     return found
 
@@ -136,7 +145,7 @@ def test_summary_names_machine_versions_and_changed_code(tree):
     summary = text_of(tree, "summary")
     assert "1 of 19 rows come from a checkout with uncommitted changes" in summary
     assert "17 rows were measured. 2 are bounds" in summary
-    assert "Example, 2 threads on 2 cores, 8.0 GiB" in summary
+    assert "Example, 2 cores, threads: 2, 8.0 GiB" in summary
     assert "python 3.11.7, torch 2.13.0, triton 3.8.0" in summary
     assert "Not measured yet" not in summary
 
@@ -151,8 +160,8 @@ def test_speed_up_names_ratios_and_their_geometric_mean(tree):
 
 def test_tokens_are_apart_by_phase_with_the_baseline(tree):
     shown = text_of(tree, "tokens")
-    assert "Prefill, tokens on Example prefill, batch 1 dense 20 compressed 2:4 5" in shown
-    assert "Decode, tokens on Example decode, batch 1 dense 20 compressed 2:4 5" in shown
+    assert "Prefill, tokens, smollm2 on Example prefill, batch 1 dense 20 compressed 2:4 5" in shown
+    assert "Decode, tokens, smollm2 on Example decode, batch 1 dense 20 compressed 2:4 5" in shown
 
 
 def test_tokens_of_a_single_layer_are_not_a_models():
@@ -162,14 +171,14 @@ def test_tokens_of_a_single_layer_are_not_a_models():
 
 def test_memory_shows_peak_and_model(tree):
     shown = text_of(tree, "memory")
-    assert "Peak memory, tokens on Example prefill, batch 1 dense 540 MB compressed 2:4 320 MB" in shown
-    assert "The model's bytes, tokens on Example prefill, batch 1 dense 270 MB" in shown
+    assert "Peak memory, tokens, smollm2 on Example prefill, batch 1 dense 540 MB compressed 2:4 320 MB" in shown
+    assert "The model's bytes, tokens, smollm2 on Example prefill, batch 1 dense 270 MB" in shown
 
 
 def test_papers_have_ours_published_and_difference_in_the_order_of_numbers(tree):
     shown = text_of(tree, "papers")
-    assert "50% PERP – perplexity 31.5 30 +1.5" in shown
-    assert "50% none – perplexity ∞ 6,000 –" in shown
+    assert "PERP 50% opt, small perplexity 31.5 30 +1.5" in shown
+    assert "50% none perplexity ∞ 6,000 –" in shown
     assert [table.caption for table in papers(rows()).shown] == ["perp-table-2", "perp-table-10"]
 
 
@@ -204,7 +213,7 @@ def test_pareto_frontier_by_hand():
 
 def test_frontier_compares_one_case_and_draws_the_steps():
     charts = {chart.title: chart for chart in frontier(rows()).charts}
-    (line,) = charts["prune: 0.3, on Example"].guides
+    (line,) = charts["prune, smollm2: 0.3, on Example"].guides
     # wanda: half as fast, perplexity 16; magnitude 1x, 32; nothing reached lies below the corner between them
     assert line.points == [(0.5, 16.0), (0.5, 32.0), (1.0, 32.0)]
     assert len(charts) == 3
@@ -273,6 +282,15 @@ def test_scales():
     assert apart.label == "tokens/s; each case has a scale of its own"
 
 
+def test_two_models_have_charts_of_their_own():
+    both = [row("tokens", "prefill", "dense", tokens_per_s=9.0, parameters={"model": name}) for name in ("a", "b")]
+    assert newest(both) == both
+    assert [chart.title for chart in SECTIONS[1].build(both).charts] == [
+        "Prefill, tokens, a on Example",
+        "Prefill, tokens, b on Example",
+    ]
+
+
 def test_no_rows_are_an_error(tmp_path, trisparse_error):
     with pytest.raises(ValueError, match="there are no rows to report"):
         write_report([], tmp_path)
@@ -283,19 +301,15 @@ def test_no_rows_are_an_error(tmp_path, trisparse_error):
 
 def test_command_writes_the_newest_rows_and_pngs_that_are_not_blank(tmp_path, trisparse_command):
     pytest.importorskip("matplotlib")
-    old = row("select", "row 50%, 4096x4096", "trisparse", baseline="usual", seconds=times(1.0), speedup=99.0)
-    append_rows([old], tmp_path / "rows" / "a.jsonl")
-    append_rows(
-        [*rows(), row("select", "row 50%, 4096x4096", EVIL, baseline="usual", speedup=3.0)],
-        tmp_path / "rows" / "b.jsonl",
-    )
+    case = {"case": "row 50%, 4096x4096", "baseline": "usual"}
+    append_rows([row("select", contestant="trisparse", speedup=99.0, **case)], tmp_path / "rows" / "a.jsonl")
+    few = [found for found in rows() if found.benchmark in ("select", "linear", "roofline")]
+    append_rows([*few, row("select", contestant=EVIL, speedup=3.0, **case)], tmp_path / "rows" / "b.jsonl")
     out = tmp_path / "out"
     said = trisparse_command("bench", "report", tmp_path / "rows", "--out", out)
     files = sorted(out.glob("*.png"))
-    assert said == f"wrote {out / 'index.html'} and {len(files)} PNGs\n"
-    assert {"speed-up-select-example.png", "tokens-tokens-decode-example.png", "roofline-gpu.png"} <= {
-        f.name for f in files
-    }
+    assert said == f"wrote {out / 'index.html'} and 2 PNGs\n"
+    assert [file.name for file in files] == ["roofline-gpu.png", "speed-up-select-example.png"]
     for file in files:
         assert len(Image.open(file).convert("RGB").getcolors(1 << 24)) > 20
     assert "99×" not in (out / "index.html").read_text()
