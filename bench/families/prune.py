@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+import torch
+
 from trisparse.bench.registry import Case, Measured, Options, benchmark
 from trisparse.sparsity.pattern import parse_pattern
 
@@ -82,7 +84,8 @@ def prune(options: Options) -> Iterator[Case | Measured]:
 def measure(options: Options, run: RunJob) -> Iterator[Measured]:
     """The cases, each job run by ``run``."""
     samples, seq_len, test = (8, 256, 4) if options.quick else (32, 512, 16)
-    dtype = str(options.dtype or "float32").removeprefix("torch.")
+    usual_dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16  # fp32 of 7B with G fills 80 GB
+    dtype = str(options.dtype or usual_dtype).removeprefix("torch.")
     model, device = options.model or "smollm2", str(options.device)
     rounds = options.repeats or (1 if options.quick else _ROUNDS)
     problems: list[str] = []
