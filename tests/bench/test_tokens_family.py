@@ -17,7 +17,7 @@ from trisparse.bench.registry import Options, benchmarks
 from trisparse.sparsity.backends import BACKENDS
 from trisparse.sparsity.compression import compress
 
-SIZES = Sizes(("2:4",), ((1, 8),), ((2, 4, 6),), ((1, 8),), 2)
+SIZES = Sizes(("2:4",), ("2:4",), ((1, 8),), ((2, 4, 6),), ((1, 8),), 2)
 
 
 @pytest.fixture
