@@ -19,7 +19,7 @@ Kind = Literal["measurement", "bound"]
 Check = Callable[[Any, Any], None]
 
 # Where the functions are: importing these registers them.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = ("trisparse.bench.papers.registered",)
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Options:
         model: a Hugging Face id, a folder or ``smollm2``; None is the benchmark's own choice.
         repeats: timed calls of each contestant; None is the benchmark's own choice.
         only: run the cases alone whose name contains this.
+        scale: how much of a paper its tables run: "tiny", "small" or "paper" (:mod:`trisparse.bench.papers.scale`).
     """
 
     quick: bool = False
@@ -41,6 +42,7 @@ class Options:
     model: str | None = None
     repeats: int | None = None
     only: str = ""
+    scale: str = "small"
 
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:

@@ -1,0 +1,53 @@
+"""Every paper's table as a benchmark ``papers/NAME``: what it measures becomes rows, the published number among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trisparse.bench.papers.cell import Session
+from trisparse.bench.papers.render import write
+from trisparse.bench.papers.run import Comparison, cells_file, papers_folder, run_tables
+from trisparse.bench.papers.scale import find_scale
+from trisparse.bench.papers.store import CellStore
+from trisparse.bench.papers.table import PaperTable, paper_tables
+from trisparse.bench.registry import Measured, Options, Run, benchmark
+
+
+def measured(found: Comparison) -> Iterator[Measured]:
+    """A row for each number of a table, with the published one where it is of the same model and task."""
+    key = found.table.metric.split(",")[0].split()[-1]
+    for (row, column), value in found.ours.items():
+        if value is None:
+            continue
+        metrics = {key: value}
+        theirs = found.theirs((row, column))
+        if theirs is not None and found.comparable and found.published is not None and found.published.same_model:
+            metrics["published"] = theirs
+        parameters: dict[str, Any] = {
+            "table": found.table.name,
+            "row": row,
+            "column": column,
+            "model": found.model,
+            "scale": found.scale.name,
+        }
+        yield Measured(f"{row}, {column}", parameters, {"ours": metrics})
+
+
+def _run(table: PaperTable) -> Run:
+    def run(options: Options) -> Iterator[Measured]:
+        scale = find_scale("tiny" if options.quick else options.scale)
+        folder = papers_folder()
+        store = CellStore(cells_file(folder, table.paper))
+        session = Session(options.device, keep_copies=scale.keep_copies)
+        models = (options.model,) if options.model else table.models if scale.models else ("smollm2",)
+        for model in models:
+            for found in run_tables([table], model, scale, store, session):
+                write(found, folder, f"trisparse bench run papers/{table.name} --model {model} --scale {scale.name}")
+                yield from (row for row in measured(found) if options.only in row.name)
+
+    return run
+
+
+for _table in paper_tables().values():
+    benchmark(f"papers/{_table.name}", f"{_table.title}: {_table.about}")(_run(_table))
