@@ -139,7 +139,7 @@ def compare(table: PaperTable, layout: Layout, model: str, scale: Scale, store: 
     return Comparison(
         table,
         layout,
-        model,
+        layout.model or model,
         scale,
         {place: one.value(store) for place, one in layout.entries.items()},
         {place: one.deviation(store) for place, one in layout.entries.items()},
