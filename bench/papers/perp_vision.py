@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from trisparse.bench.digits import ORIGINAL as DIGITS_ORIGINAL
-from trisparse.bench.digits import digits, trained_resnet
+from trisparse.bench.studies.digits import ORIGINAL as DIGITS_ORIGINAL
+from trisparse.bench.studies.digits import digits, trained_resnet
 from trisparse.bench.papers.cell import Cell, Session
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.table import Layout, entry, paper_table

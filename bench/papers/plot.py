@@ -30,7 +30,7 @@ def draw(found: Comparison, file: Path) -> None:
     share = {place for place, one in found.layout.entries.items() if one.metric == "trainable_share"}
     columns = [column for column in found.columns if not any(place[1] == column for place in share)]
     panels: list[tuple[str, dict[Place, float | None], float | None]] = [
-        (f"ours: {Path(found.model).name}, scale {found.scale.name}", found.ours, found.dense)
+        (f"ours: {found.model}, scale {found.scale.name}", found.ours, found.dense)
     ]
     if found.published is not None:
         theirs = {place: found.theirs(place) for place in found.ours}

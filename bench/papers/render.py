@@ -71,7 +71,7 @@ def as_json(found: Comparison, command: str) -> dict[str, Any]:
 def write(found: Comparison, folder: Path, command: str, *, picture: bool = True) -> list[Path]:
     """NAME-MODEL-SCALE.md, .json and .png in ``folder``; the picture needs matplotlib, the extra ``plot``."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{found.table.name}-{Path(found.model).name.lower()}-{found.scale.name}"
+    stem = folder / f"{found.table.name}-{found.model.replace(' ', '-').lower()}-{found.scale.name}"
     files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".md", ".json", ".png")]
     files[0].write_text(markdown(found, command), "utf-8")
     files[1].write_text(json.dumps(as_json(found, command), indent=1) + "\n", "utf-8")
