@@ -17,6 +17,7 @@ from trisparse.bench.papers.cell import Cell, Session
 from trisparse.bench.papers.choice import choice_accuracy, choice_questions
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.smollm2 import load_smollm2
+from trisparse.retrain.loop_options import LEARNING_RATES
 from trisparse.retrain.perp import PERPConfig, retrain
 from trisparse.retrain.precision import computing_dtype
 from trisparse.sparsity.calibration import Propagate
@@ -125,7 +126,6 @@ class Retraining:
 
     def config(self, seq_len: int) -> PERPConfig:
         """For ``retrain``."""
-        rates = {"learning_rates": self.learning_rates} if self.learning_rates else {}
         return PERPConfig(
             groups=self.groups,
             variant=self.variant,
@@ -133,6 +133,7 @@ class Retraining:
             alpha=self.alpha,
             targets=self.targets,
             learning_rate=self.learning_rate,
+            learning_rates=self.learning_rates or LEARNING_RATES,
             grid_steps=self.grid_steps,
             steps=self.steps,
             batch_size=self.batch_size,
@@ -140,7 +141,6 @@ class Retraining:
             seq_len=seq_len,
             gradient_checkpointing=self.gradient_checkpointing,
             seed=self.seed,
-            **rates,
         )
 
 

@@ -53,18 +53,19 @@ class Entry:
 
     def value(self, store: CellStore) -> float | None:
         """The number, or None where a cell is not measured yet."""
-        own, subtracted = (
-            [store.metrics(cell).get(self.metric) for cell in cells] for cells in (self.cells, self.minus)
-        )
-        if None in own or None in subtracted:
+        own, subtracted = self._numbers(self.cells, store), self._numbers(self.minus, store)
+        if own is None or subtracted is None:
             return None
-        difference = statistics.mean(own) - (statistics.mean(subtracted) if subtracted else 0.0)  # type: ignore[type-var]
-        return self.factor * difference
+        return self.factor * (statistics.mean(own) - (statistics.mean(subtracted) if subtracted else 0.0))
 
     def deviation(self, store: CellStore) -> float | None:
         """Standard deviation over the cells, where there are several and all are measured."""
-        own = [store.metrics(cell).get(self.metric) for cell in self.cells]
-        return None if None in own or len(own) < 2 else self.factor * statistics.stdev(own)  # type: ignore[type-var]
+        own = self._numbers(self.cells, store)
+        return None if own is None or len(own) < 2 else self.factor * statistics.stdev(own)
+
+    def _numbers(self, cells: tuple[Cell, ...], store: CellStore) -> list[float] | None:
+        known = [number for cell in cells if (number := store.metrics(cell).get(self.metric)) is not None]
+        return known if len(known) == len(cells) else None
 
 
 def entry(*cells: Cell, metric: str = "perplexity", minus: tuple[Cell, ...] = (), factor: float = 1.0) -> Entry:
