@@ -48,7 +48,7 @@ def _run(table: PaperTable) -> Run:
             for found in run_tables([table], model, scale, store, session):
                 command = f"trisparse bench run papers/{table.name} --model {model} --scale {scale.name}"
                 write(found, folder, command, picture=False)
-                yield from (row for row in measured(found) if options.only in row.name)
+                yield from (row for row in measured(found) if options.wants(row.name))
 
     return run
 
