@@ -25,6 +25,7 @@ _MODULES: tuple[str, ...] = (
     "trisparse.bench.families.roofline",
     "trisparse.bench.families.select",
     "trisparse.bench.families.tokens",
+    "trisparse.bench.papers.registered",
     "trisparse.bench.studies.allocations",
     "trisparse.bench.studies.digits",
     "trisparse.bench.studies.masked_lora",
@@ -51,6 +52,7 @@ class Options:
         model: a Hugging Face id, a folder or ``smollm2``; None is the benchmark's own choice.
         repeats: timed calls of each contestant; None is the benchmark's own choice.
         only: run the cases alone whose name contains this.
+        scale: how much of a paper its tables run: "tiny", "small" or "paper" (:mod:`trisparse.bench.papers.scale`).
     """
 
     quick: bool = False
@@ -59,6 +61,7 @@ class Options:
     model: str | None = None
     repeats: int | None = None
     only: str = ""
+    scale: str = "small"
 
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:

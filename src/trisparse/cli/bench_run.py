@@ -35,6 +35,7 @@ def run(
     model: Annotated[str | None, typer.Option(help="Hugging Face id, folder or smollm2; default: its own.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed calls of each contestant; default: its own.")] = None,
     only: Annotated[str, typer.Option(help="Run the cases alone whose name contains this.")] = "",
+    scale: Annotated[str | None, typer.Option(help="Of papers' tables: tiny, small or paper; default small.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the rows; default bench/results/runs, or dirty.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -51,8 +52,10 @@ def run(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = Options(quick, where, None if dtype is None else getattr(torch, dtype), model, repeats, only)
+    compute = None if dtype is None else getattr(torch, dtype)
+    options = Options(quick, where, compute, model, repeats, only, scale or "small")
     flags = {"--device": device, "--dtype": dtype, "--model": model, "--repeats": repeats, "--only": only or None}
+    flags["--scale"] = scale
     words = [*names, *(["--quick"] if quick else [])]
     words += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     outcome = run_benchmarks(
