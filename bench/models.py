@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from trisparse.bench.smollm2 import load_smollm2
+from trisparse.sparsity.progress import quiet_transformers
 
 
-def load_causal_lm(model: str | None) -> tuple[Any, Any]:
-    """A model in fp32 and eval mode, and its tokenizer.
+def load_causal_lm(model: str | None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A model in ``dtype`` and eval mode, and its tokenizer.
 
     Args:
         model: a Hugging Face id or a folder; None and ``smollm2`` are SmolLM2-135M.
     """
     if model in (None, "smollm2"):
-        return load_smollm2()
-    import torch
+        return load_smollm2(dtype=dtype)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    return loaded, AutoTokenizer.from_pretrained(model)
+    name: Any = model
+    with quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return loaded.eval(), AutoTokenizer.from_pretrained(model)
 
 
 def model_label(model: str | None) -> str:

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
+from trisparse.bench.models import model_label
 from trisparse.bench.registry import Case, Measured, Options, benchmark
 from trisparse.sparsity.pattern import parse_pattern
 
@@ -90,14 +92,19 @@ def measure(options: Options, run: RunJob) -> Iterator[Measured]:
     rounds = options.repeats or (1 if options.quick else _ROUNDS)
     problems: list[str] = []
     for method, pattern, ways in QUICK_CASES if options.quick else CASES:
-        name = f"{method} {pattern}, {model}, {samples}x{seq_len} tokens"
+        name = f"{method} {pattern}, {model_label(model)}, {samples}x{seq_len} tokens"
         if options.only not in name:
             continue
         jobs = [Job(method, pattern, how, model, device, dtype, samples, seq_len, test) for how in ways]
         found, failed = run_rounds(jobs, rounds, run)
         problems += [f"{name}: {problem}" for problem in failed]
         if found:
-            parameters = {"method": method, "pattern": pattern, "model": model, "dtype": dtype}
+            parameters: dict[str, Any] = {
+                "method": method,
+                "pattern": pattern,
+                "model": model_label(model),
+                "dtype": dtype,
+            }
             parameters |= {"sparsity": parse_pattern(pattern).sparsity, "samples": samples, "seq_len": seq_len}
             seconds = {key: [one["seconds"] for one in own] for key, own in found.items()}
             metrics = {key: _metrics(own) for key, own in found.items()}
