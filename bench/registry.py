@@ -25,6 +25,18 @@ _MODULES: tuple[str, ...] = (
     "trisparse.bench.families.roofline",
     "trisparse.bench.families.select",
     "trisparse.bench.families.tokens",
+    "trisparse.bench.studies.allocations",
+    "trisparse.bench.studies.digits",
+    "trisparse.bench.studies.masked_lora",
+    "trisparse.bench.studies.metric_comparison",
+    "trisparse.bench.studies.obs_block",
+    "trisparse.bench.studies.obs_updates",
+    "trisparse.bench.studies.perp_quality",
+    "trisparse.bench.studies.perplexity_curve",
+    "trisparse.bench.studies.reconstruction",
+    "trisparse.bench.studies.stream_kills",
+    "trisparse.bench.studies.stream_memory",
+    "trisparse.bench.studies.train_speed",
 )
 
 
@@ -51,6 +63,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+    def wants(self, case: str) -> bool:
+        """Whether ``only`` lets a case of this name run: asked before anything expensive is done for it."""
+        return self.only in case
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,15 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def print_tables(rows: Sequence[Row]) -> None:
-    """Print them: at the terminal's width, and into a file as wide as they are."""
-    console = Console() if sys.stdout.isatty() else Console(width=_WIDE)
+    """Print them."""
     for table in tables(rows):
-        console.print(table)
+        print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print it at the terminal's width, into a file as wide as it is."""
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDE)
+    console.print(table)
 
 
 def _table(name: str, kind: str, rows: Sequence[Row]) -> Table:

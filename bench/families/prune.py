@@ -11,14 +11,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import torch
+
+from trisparse.bench.models import model_label
 from trisparse.bench.registry import Case, Measured, Options, benchmark
 from trisparse.sparsity.pattern import parse_pattern
 
 USUAL = "usual"
 _ROUNDS = 3
 _STDERR_LINES = 5
-_PRUNED_WITHIN = 0.02  # of the share asked for: SparseGPT's usual threshold takes ties along
+PRUNED_WITHIN = 0.02  # of the share asked for: SparseGPT's usual threshold takes ties along
 
 
 @dataclass(frozen=True)
@@ -82,19 +86,25 @@ def prune(options: Options) -> Iterator[Case | Measured]:
 def measure(options: Options, run: RunJob) -> Iterator[Measured]:
     """The cases, each job run by ``run``."""
     samples, seq_len, test = (8, 256, 4) if options.quick else (32, 512, 16)
-    dtype = str(options.dtype or "float32").removeprefix("torch.")
+    usual_dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16  # fp32 of 7B with G fills 80 GB
+    dtype = str(options.dtype or usual_dtype).removeprefix("torch.")
     model, device = options.model or "smollm2", str(options.device)
     rounds = options.repeats or (1 if options.quick else _ROUNDS)
     problems: list[str] = []
     for method, pattern, ways in QUICK_CASES if options.quick else CASES:
-        name = f"{method} {pattern}, {model}, {samples}x{seq_len} tokens"
+        name = f"{method} {pattern}, {model_label(model)}, {samples}x{seq_len} tokens"
         if options.only not in name:
             continue
         jobs = [Job(method, pattern, how, model, device, dtype, samples, seq_len, test) for how in ways]
         found, failed = run_rounds(jobs, rounds, run)
         problems += [f"{name}: {problem}" for problem in failed]
         if found:
-            parameters = {"method": method, "pattern": pattern, "model": model, "dtype": dtype}
+            parameters: dict[str, Any] = {
+                "method": method,
+                "pattern": pattern,
+                "model": model_label(model),
+                "dtype": dtype,
+            }
             parameters |= {"sparsity": parse_pattern(pattern).sparsity, "samples": samples, "seq_len": seq_len}
             seconds = {key: [one["seconds"] for one in own] for key, own in found.items()}
             metrics = {key: _metrics(own) for key, own in found.items()}
@@ -114,7 +124,7 @@ def run_rounds(jobs: list[Job], rounds: int, run: RunJob) -> tuple[dict[str, lis
             try:
                 one = run(job)
                 asked = parse_pattern(job.pattern).sparsity
-                if abs(one["sparsity"] - asked) > _PRUNED_WITHIN:
+                if abs(one["sparsity"] - asked) > PRUNED_WITHIN:
                     raise RuntimeError(f"pruned {one['sparsity']:.3f} of the weights and not {asked:.3f}")
             except RuntimeError as problem:
                 del found[job.contestant]

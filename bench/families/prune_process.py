@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from trisparse.bench.families.prune import USUAL, Found, Job
+from trisparse.bench.models import load_causal_lm
 from trisparse.bench.usual_pruning import prune_as_usual, prune_by_gradients_as_usual, prune_magnitude_as_usual
 from trisparse.sparsity.data import token_windows
 from trisparse.sparsity.hardware import keep_freed_memory
 from trisparse.sparsity.pattern import NM, parse_pattern
 from trisparse.sparsity.perplexity import perplexity
-from trisparse.sparsity.progress import quiet_transformers
 from trisparse.sparsity.sparsify import sparsify
 from trisparse.sparsity.text import pydoc_text
 
@@ -53,7 +53,7 @@ def found_by(job: Job) -> Found:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRISPARSE_CACHE"] = cache  # gradients of a run before would cost nothing
         start = time.perf_counter()
-        _prune(model, calibration, job)
+        prune_model(model, calibration, job)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
@@ -70,18 +70,8 @@ def found_by(job: Job) -> Found:
 
 
 def _load(job: Job) -> tuple[Any, Any]:
-    dtype: torch.dtype = getattr(torch, job.dtype)
-    if job.model == "smollm2":
-        from trisparse.bench.smollm2 import load_smollm2
-
-        model, tokenizer = load_smollm2(dtype=dtype)
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(job.model)
-    return model.to(job.device).eval(), tokenizer
+    model, tokenizer = load_causal_lm(job.model, getattr(torch, job.dtype))
+    return model.to(job.device), tokenizer
 
 
 def _blocks(model: Any) -> nn.Module:
@@ -91,7 +81,8 @@ def _blocks(model: Any) -> nn.Module:
     return blocks
 
 
-def _prune(model: Any, calibration: Tensor, job: Job) -> None:
+def prune_model(model: Any, calibration: Tensor, job: Job) -> None:
+    """Prune a Llama-like ``model`` in place as ``job`` says, on token ids [samples, seq_len]."""
     if job.how != USUAL:
         samples, seq_len = calibration.shape
         how: Any = job.how

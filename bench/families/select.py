@@ -29,6 +29,7 @@ from trisparse.kernels.nm import select_nm, select_nm_ref
 from trisparse.kernels.select import select_rows, select_rows_ref
 from trisparse.kernels.threshold import select_global, select_global_ref
 from trisparse.sparsity.metric import METRICS
+from trisparse.sparsity.metric.parser import parse
 
 _FP32, _BF16 = torch.float32, torch.bfloat16
 SHAPES = tuple((r, c, d) for r, c in ((4096, 4096), (11008, 4096), (8192, 8192), (8192, 28672)) for d in (_FP32, _BF16))
@@ -147,16 +148,16 @@ def _selection(name: str, weight: Tensor, x: Tensor | None, k: int, *, compiled:
         )
     parts = list(weight.chunk(_PARTS))
     xs = None if x is None else [x] * len(parts)
-    usual = partial(_scored_parts, usual_global, parts, x, k)
+    usual_parts = partial(_scored_parts, usual_global, parts, x, k)
     return (
-        _contestants(usual, usual, partial(select_global, parts, k, xs=xs), compiled),
+        _contestants(usual_parts, usual_parts, partial(select_global, parts, k, xs=xs), compiled),
         partial(select_global_ref, parts, k, xs=xs),
     )
 
 
 def _metric(name: str, weight: Tensor, g: Tensor, k: int, *, compiled: bool) -> tuple[dict[str, Call], Call]:
     """The contestants and the reference of a selection by Pruner-Zero's published metric."""
-    metric = compile_metric(METRICS["pruner-zero"].root)
+    metric = compile_metric(parse(METRICS["pruner-zero"].infix))
     score = metric.evaluate(weight, g, None)
     if name.startswith("row"):
         usual = partial(_scored_by_metric, usual_rows, weight, g, k)

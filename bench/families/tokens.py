@@ -36,7 +36,7 @@ from torch import Tensor
 
 from trisparse.bench.families.decoding import Decoder, Gate
 from trisparse.bench.families.models import LLAMA_2_7B_LAYERS, SMOLLM2, llama_2_7b, load, model_bytes, pruned
-from trisparse.bench.masked_lora import peak_bytes
+from trisparse.bench.peak_memory import peak_bytes
 from trisparse.bench.registry import Measured, Options, benchmark
 from trisparse.bench.timing import interleave, timer_for
 from trisparse.bench.training_steps import TrainingStep, step_of

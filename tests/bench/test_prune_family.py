@@ -119,7 +119,7 @@ def test_the_cases_and_their_metrics():
     numbers = iter(range(1, 100))
     options = Options(quick=True, repeats=2, only="wanda")
     (case,) = prune.measure(options, lambda job: found(s := next(numbers), peak=10 * s))
-    assert case.name == "wanda 50%, smollm2, 8x256 tokens"
+    assert case.name == "wanda 50%, SmolLM2-135M, 8x256 tokens"
     assert case.seconds == {"usual": [1, 3], "trisparse": [2, 4]}
     assert case.metrics["usual"] == {"perplexity": 21, "peak_bytes": 30, "sparsity": 0.5}
     assert (case.baseline, case.parameters["sparsity"], case.parameters["samples"]) == ("usual", 0.5, 8)
@@ -134,7 +134,9 @@ def test_what_failed_is_raised_after_all_others():
     measured = prune.measure(Options(quick=True), run)
     cases = [next(measured).parameters["method"] for _ in range(3)]
     assert cases == ["wanda", "sparsegpt", "pruner-zero"]
-    with pytest.raises(RuntimeError, match="magnitude 50% layer, smollm2, 8x256 tokens: usual: no memory; .*trisparse"):
+    with pytest.raises(
+        RuntimeError, match=r"magnitude 50% layer, SmolLM2-135M, 8x256 tokens: usual: no memory; .*trisparse"
+    ):
         next(measured)
 
 

@@ -81,15 +81,14 @@ def compare(
     """Ratio of the times of each case and contestant that two sets of rows share."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from trisparse.bench.compare import as_table, find_rows
     from trisparse.bench.compare import compare as changes_of
+    from trisparse.bench.row_table import print_table
 
     changes = changes_of(find_rows(before), find_rows(after))
     if as_json:
         print(json.dumps({"changes": [asdict(change) for change in changes]}, indent=2))
     else:
-        Console().print(as_table(changes))
+        print_table(as_table(changes))
     if fail_above is not None and any(change.ratio > fail_above and not change.noise for change in changes):
         raise typer.Exit(1)
