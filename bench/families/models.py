@@ -1,4 +1,4 @@
-"""The models of the families: by Hugging Face id, by folder, SmolLM2, or of Llama-2-7B's shape with random weights."""
+"""A model of Llama-2-7B's shape, the shapes of a model's layers, and a model pruned and counted."""
 
 from __future__ import annotations
 
@@ -8,27 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from trisparse.bench.smollm2 import load_smollm2, smollm2_path
+from trisparse.bench.smollm2 import smollm2_path
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.pattern import parse_pattern
 from trisparse.sparsity.progress import quiet_transformers
 from trisparse.sparsity.sparsify import sparsify
 
-SMOLLM2 = "smollm2"
 LLAMA_2_7B_LAYERS = 32
-
-
-def load(model: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A causal language model in eval mode; ``model`` is a Hugging Face id, a folder or ``smollm2``."""
-    made: Any
-    if model == SMOLLM2:
-        made, _ = load_smollm2(dtype=dtype)
-        return made.to(device)
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        made = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    return made.to(device).eval()
 
 
 def llama_2_7b(dtype: torch.dtype, device: torch.device, layers: int = LLAMA_2_7B_LAYERS) -> Any:
@@ -54,7 +40,7 @@ def layer_shapes(model: str) -> tuple[tuple[int, int], ...]:
 
     with quiet_transformers(), torch.device("meta"):
         made = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(smollm2_path() if model == SMOLLM2 else model)
+            AutoConfig.from_pretrained(smollm2_path() if model == "smollm2" else model)
         )
     head = made.get_output_embeddings()
     layers = [layer for layer in made.modules() if isinstance(layer, nn.Linear) and layer is not head]

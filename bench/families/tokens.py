@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from trisparse.bench.families.decoding import Decoder, Gate
-from trisparse.bench.families.models import LLAMA_2_7B_LAYERS, SMOLLM2, llama_2_7b, load, model_bytes, pruned
+from trisparse.bench.families.models import LLAMA_2_7B_LAYERS, llama_2_7b, model_bytes, pruned
+from trisparse.bench.models import load_causal_lm, model_label
 from trisparse.bench.peak_memory import peak_bytes
 from trisparse.bench.registry import Measured, Options, benchmark
 from trisparse.bench.timing import interleave, timer_for
@@ -123,8 +124,7 @@ def _model(options: Options, dtype: torch.dtype) -> tuple[str, Any]:
     """(title, model); of Llama-2-7B as many blocks as the device has room for in all forms, and few if quick."""
     device = options.device
     if options.model is not None or device.type != "cuda":
-        name = options.model or SMOLLM2
-        return name.rstrip("/").rpartition("/")[2], load(name, dtype, device)
+        return model_label(options.model), load_causal_lm(options.model, dtype)[0].to(device)
     whole = torch.cuda.get_device_properties(device).total_memory >= _WHOLE_7B
     layers = 4 if options.quick else LLAMA_2_7B_LAYERS if whole else 12
     title = "Llama-2-7B, random weights"
@@ -296,7 +296,7 @@ class Family:
         """``model_bytes`` and ``peak_bytes`` of a model in ``run``, which is called once."""
         held = model_bytes(model)
         if self.device.type != "cuda":
-            return {"model_bytes": float(held), "peak_bytes": float(held + peak_bytes(lambda: (run(), ())[1]))}
+            return {"model_bytes": float(held), "peak_bytes": float(held + peak_bytes(run))}
         _free()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
