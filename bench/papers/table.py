@@ -10,6 +10,7 @@ registers the table here and as the benchmark ``papers/perp-table-1``. The publi
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.store import CellStore
 
 Place = tuple[str, str]  # row, column
-Plot = Literal["lines", "bars"]
+Plot = Literal["lines", "bars", "matrix"]
+Statistic = Literal["mean", "deviation"]
 
 # Importing these registers their tables.
 _MODULES = (
@@ -32,6 +34,7 @@ _MODULES = (
     "trisparse.bench.papers.perp_freezing",
     "trisparse.bench.papers.perp_retraining",
     "trisparse.bench.papers.perp_vision",
+    "trisparse.bench.papers.pruner_zero_pruning",
 )
 
 
@@ -44,32 +47,44 @@ class Entry:
         metric: of the cells.
         minus: cells whose mean is subtracted, for a table of differences.
         factor: it is multiplied by, such as 100 for per cent.
+        statistic: "mean", or "deviation" for the standard deviation of the population over the cells instead.
     """
 
     cells: tuple[Cell, ...]
     metric: str = "perplexity"
     minus: tuple[Cell, ...] = ()
     factor: float = 1.0
+    statistic: Statistic = "mean"
 
     def value(self, store: CellStore) -> float | None:
-        """The number, or None where a cell is not measured yet."""
+        """The number, or None where a cell is not measured yet, or found it undefined (NaN)."""
         own, subtracted = (
             [store.metrics(cell).get(self.metric) for cell in cells] for cells in (self.cells, self.minus)
         )
         if None in own or None in subtracted:
             return None
+        if self.statistic == "deviation":
+            return self.factor * statistics.pstdev(own)  # type: ignore[type-var]
         difference = statistics.mean(own) - (statistics.mean(subtracted) if subtracted else 0.0)  # type: ignore[type-var]
-        return self.factor * difference
+        return None if math.isnan(difference) else self.factor * difference
 
     def deviation(self, store: CellStore) -> float | None:
         """Standard deviation over the cells, where there are several and all are measured."""
         own = [store.metrics(cell).get(self.metric) for cell in self.cells]
+        if self.statistic == "deviation":
+            return None
         return None if None in own or len(own) < 2 else self.factor * statistics.stdev(own)  # type: ignore[type-var]
 
 
-def entry(*cells: Cell, metric: str = "perplexity", minus: tuple[Cell, ...] = (), factor: float = 1.0) -> Entry:
+def entry(
+    *cells: Cell,
+    metric: str = "perplexity",
+    minus: tuple[Cell, ...] = (),
+    factor: float = 1.0,
+    statistic: Statistic = "mean",
+) -> Entry:
     """An :class:`Entry` of ``cells``."""
-    return Entry(cells, metric, minus, factor)
+    return Entry(cells, metric, minus, factor, statistic)
 
 
 @dataclass(frozen=True)
@@ -207,6 +222,7 @@ def published_paper(paper: str) -> dict[str, Any]:
     return content
 
 
-def _number(name: str) -> tuple[str, str, int]:
+def _number(name: str) -> tuple[str, str, int, str]:
     paper, kind, number = name.rsplit("-", 2)
-    return paper, kind, int(number)
+    digits = number.rstrip("abc")  # the panels of a figure
+    return paper, kind, int(digits), number
