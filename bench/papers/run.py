@@ -72,7 +72,7 @@ class Comparison:
 
 
 def papers_folder(out: Path | None = None) -> Path:
-    """Where tables and the store of cells go: ``out``, bench/results/papers in a checkout, or ./bench-results/papers."""
+    """Where tables and cells go: ``out``, bench/results/papers in a checkout, or ./bench-results/papers."""
     if out is not None:
         return out
     return RESULTS / "papers" if RESULTS.is_dir() else Path("bench-results") / "papers"

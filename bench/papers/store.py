@@ -99,7 +99,8 @@ class CellStore:
             self._lines += 1
             try:
                 content = json.loads(line)
-                self._records[content.pop("key")] = Record(**content)
+                key = content.pop("key")
+                self._records[key] = Record(**content)
             except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{self.file}:{self._lines} is no measured cell: {error}") from error
         self._read += len(whole)

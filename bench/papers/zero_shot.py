@@ -25,7 +25,8 @@ def zero_shot_accuracy(model: Any, tokenizer: Any, tasks: Sequence[str]) -> floa
         found = simple_evaluate(language_model, tasks=list(tasks), num_fewshot=0, verbosity="ERROR")
     except OSError as error:
         raise ConnectionError(
-            f"cannot load the data of {', '.join(tasks)} from the Hugging Face hub: {error}. Other scales use a local task"
+            f"cannot load the data of {', '.join(tasks)} from the Hugging Face hub: {error}. "
+            "Other scales use a local task"
         ) from error
     accuracies = [float(found["results"][task]["acc,none"]) for task in tasks]
     return sum(accuracies) / len(accuracies)
