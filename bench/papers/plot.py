@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from trisparse.bench.papers.matrix_plot import draw_matrix
 from trisparse.bench.papers.run import Comparison
 from trisparse.bench.papers.table import Place
 
@@ -27,6 +28,8 @@ def draw(found: Comparison, file: Path) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("pictures need matplotlib: run `pip install 'trisparse[plot]'`") from error
 
+    if found.table.plot == "matrix":
+        return draw_matrix(found, file)
     share = {place for place, one in found.layout.entries.items() if one.metric == "trainable_share"}
     columns = [column for column in found.columns if not any(place[1] == column for place in share)]
     panels: list[tuple[str, dict[Place, float | None], float | None]] = [

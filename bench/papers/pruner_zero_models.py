@@ -22,7 +22,7 @@ PATTERNS = ("50%", "4:8", "2:4")
 
 
 def texts(scale: Scale, model: str, method: str = "") -> Texts:
-    """The texts of ``scale``; at the paper's, Pruner-Zero takes X and G from WikiText-2 and the others from C4 (4.1)."""
+    """The texts of ``scale``; at the paper's, Pruner-Zero takes X and G from WikiText-2, the others from C4 (4.1)."""
     chosen = Texts.of(scale, model)
     if method == PRUNER_ZERO and scale.name == "paper":
         return replace(chosen, calibration="wikitext2:train")

@@ -79,8 +79,8 @@ def table_6(model: str, scale: Scale) -> Layout:
         entries["no fine-tuning", pattern] = entry(cell(scale, model, PRUNER_ZERO, pattern))
         entries["LoRA", pattern] = entry(cell(scale, model, PRUNER_ZERO, pattern, retraining))
     notes = (
-        "The paper says only that LoRA ran for 12 hours on one GPU, on C4. Here: rank 8, α 16, on queries and values, as "
-        f"in Wanda's code, {retraining.steps} steps at {retraining.learning_rate:g}, adapters kept apart.",
+        "The paper says only that LoRA ran for 12 hours on one GPU, on C4. Here: rank 8, α 16, on queries and values, "
+        f"as in Wanda's code, {retraining.steps} steps at {retraining.learning_rate:g}, adapters kept apart.",
     )
     return shown("table-6", model, entries, dense=dense(scale, model), notes=notes)
 

@@ -16,11 +16,12 @@ from trisparse.bench.registry import Measured, Options, Run, benchmark
 
 def measured(found: Comparison) -> Iterator[Measured]:
     """A row for each number of a table, with the published one where it is of the same model and task."""
-    key = found.table.metric.split(",")[0].split()[-1]
+    names = found.table.metric.split(", ")  # several where columns differ: "seconds, perplexity"
     for (row, column), value in found.ours.items():
         if value is None:
             continue
-        metrics = {key: value}
+        own = found.layout.entries[row, column].metric
+        metrics = {own if own in names else names[0].split()[-1]: value}
         theirs = found.theirs((row, column))
         if theirs is not None and found.comparable and found.published is not None and found.published.same_model:
             metrics["published"] = theirs

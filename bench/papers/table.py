@@ -35,6 +35,8 @@ _MODULES = (
     "trisparse.bench.papers.perp_retraining",
     "trisparse.bench.papers.perp_vision",
     "trisparse.bench.papers.pruner_zero_pruning",
+    "trisparse.bench.papers.pruner_zero_search",
+    "trisparse.bench.papers.pruner_zero_time",
 )
 
 
@@ -151,7 +153,8 @@ class PaperTable:
         whose = model if model in self.models else self.models[0]
         numbers = found["models"][whose]
         values = {(row, column): value for row, of in numbers["rows"].items() for column, value in of.items()}
-        return Published(whose, whose == model, values, numbers.get("dense"))
+        same = whose == model or found.get("any_model", False)
+        return Published(whose, same, values, numbers.get("dense"))
 
 
 @dataclass(frozen=True)
