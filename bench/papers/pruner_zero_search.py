@@ -221,8 +221,8 @@ def table_12(model: str, scale: Scale) -> Layout:
         entries[row, "average"] = entry(*cells, metric="share")
         entries[row, "deviation"] = entry(*cells, metric="share", statistic="deviation")
     notes = (
-        f"{trees:,} random trees a trial; no model is involved, so that ours and the paper's are of the same thing, but "
-        "for how a random tree is drawn, of which the paper gives the depth alone.",
+        f"{trees:,} random trees a trial; no model is involved, so ours and the paper's are of the same thing, but for "
+        "how a random tree is drawn, of which the paper gives the depth alone.",
     )
     return shown("table-12", model, entries, notes=notes)
 
@@ -269,8 +269,8 @@ def figure_4(model: str, scale: Scale) -> Layout:
     }
     notes = (
         _searches(scale, model),
-        "Negative with perplexity means that an operation is found in better metrics. An operation that no metric has, "
-        "once simplified, has no correlation. The paper: mul strongly with perplexity, sqrt with sqr, mms with nothing.",
+        "Negative with perplexity means that an operation is found in better metrics. One that no metric has has no "
+        "correlation. The paper: mul correlates strongly with perplexity, sqrt with sqr, mms with nothing.",
     )
     return Layout(entries, notes=notes)
 
