@@ -27,10 +27,11 @@ lint: $(VENV)/.demo ## ruff and mypy --strict
 
 bench: $(VENV)/.demo ## selection on this CPU against the usual implementations
 	$(BIN)/python -m trisparse.bench.selection
-	$(BIN)/python -m trisparse.bench.obs_block
+	$(BIN)/trisparse bench run obs-block
 
 figure: $(VENV)/.demo ## docs/perplexity.png: perplexity against sparsity on SmolLM2
-	$(BIN)/python -m trisparse.bench.perplexity_curve
+	$(BIN)/trisparse bench run perplexity-curve
+	$(BIN)/python -m trisparse.bench.studies.perplexity_curve
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

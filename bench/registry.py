@@ -19,7 +19,21 @@ Kind = Literal["measurement", "bound"]
 Check = Callable[[Any, Any], None]
 
 # Where the functions are: importing these registers them.
-_MODULES: tuple[str, ...] = ("trisparse.bench.papers.registered",)
+_MODULES: tuple[str, ...] = (
+    "trisparse.bench.papers.registered",
+    "trisparse.bench.studies.allocations",
+    "trisparse.bench.studies.digits",
+    "trisparse.bench.studies.masked_lora",
+    "trisparse.bench.studies.metric_comparison",
+    "trisparse.bench.studies.obs_block",
+    "trisparse.bench.studies.obs_updates",
+    "trisparse.bench.studies.perp_quality",
+    "trisparse.bench.studies.perplexity_curve",
+    "trisparse.bench.studies.reconstruction",
+    "trisparse.bench.studies.stream_kills",
+    "trisparse.bench.studies.stream_memory",
+    "trisparse.bench.studies.train_speed",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+    def wants(self, case: str) -> bool:
+        """Whether ``only`` lets a case of this name run: asked before anything expensive is done for it."""
+        return self.only in case
 
 
 @dataclass(frozen=True)

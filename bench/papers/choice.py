@@ -1,8 +1,8 @@
 """A multiple-choice task from Python's documentation, for where the papers' seven zero-shot tasks cannot be loaded.
 
-A question is the beginning of a paragraph of the test split, and four continuations: its own, and those of three other
-questions. The model chooses the one whose tokens have the highest mean log-likelihood, as lm-eval's ``acc_norm`` does by
-length. Chance is 25%. It is another task than the papers', and is not to be compared with their numbers.
+A question is the beginning of a paragraph of the test split, and four continuations: its own, and those of three
+other questions. The model chooses the one whose tokens have the highest mean log-likelihood, as lm-eval's ``acc_norm``
+does by length. Chance is 25%. It is another task than the papers', and is not to be compared with their numbers.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class LanguageCell(Cell):
 
     It measures ``perplexity`` on the test text, ``sparsity``, ``pruning_seconds``, ``retraining_seconds``,
     ``trainable_share`` and ``learning_rate``; where wanted, ``choice_accuracy`` (a local task, see
-    :mod:`trisparse.bench.papers.choice`) and ``zero_shot_accuracy`` (the mean over the papers' seven tasks, by lm-eval).
+    :mod:`trisparse.bench.papers.choice`) and ``zero_shot_accuracy`` (the mean over seven tasks, by lm-eval).
     """
 
     kind: ClassVar[str] = "language"

@@ -21,7 +21,7 @@ COMBINATIONS = tuple(subset for size in range(len(GROUPS) + 1) for subset in com
     "every combination of parameter groups, magnitude pruning",
     models=(models.OPT_13B,),
     metric=PERPLEXITY,
-    plot="bars",
+    plot="dots",
 )
 def table_13(model: str, scale: Scale) -> Layout:
     """The 16 combinations of biases, norms, head and LoRA, or 8 where the model has no biases."""
@@ -56,7 +56,7 @@ def table_13(model: str, scale: Scale) -> Layout:
 def table_14(model: str, scale: Scale) -> Layout:
     """PERP with each rank r and each α; the scaling is α / r."""
     ranks = scale.choose(tiny=(8,), small=(8, 16, 64), paper=(8, 16, 32, 64, 128))
-    alphas = scale.choose(tiny=(32,), small=(32, 64), paper=(32, 64, 128))
+    alphas = scale.choose(tiny=(32,), small=(32,), paper=(32, 64, 128))
     seeds = scale.choose(tiny=(0,), small=(0,), paper=(0, 1, 2))
     entries = {}
     for alpha in alphas:

@@ -32,7 +32,7 @@ def criteria_table(table: str) -> Callable[[str, Scale], Layout]:
     """The layout of Table 2, 9 or 10, which differ by their models and by what Table 2 leaves out."""
 
     def layout(model: str, scale: Scale) -> Layout:
-        patterns = scale.choose(tiny=("2:4",), small=PATTERNS, paper=PATTERNS)
+        patterns = scale.choose(tiny=("2:4",), small=("50%", "2:4"), paper=PATTERNS)
         entries = by_criterion(model, scale, patterns)
         if table == "table-2":
             entries = {place: one for place, one in entries.items() if place[0] not in ("Wanda", "SparseGPT")}
@@ -46,7 +46,7 @@ for _table, _models in (
     ("table-9", (models.OPT_3B, models.OPT_7B, models.OPT_13B, models.OPT_30B, models.OPT_66B)),
     ("table-10", (models.LLAMA_7B, models.LLAMA_13B, models.MISTRAL)),
 ):
-    paper_table(f"perp-{_table}", ABOUT, models=_models, metric=PERPLEXITY, plot="bars")(criteria_table(_table))
+    paper_table(f"perp-{_table}", ABOUT, models=_models, metric=PERPLEXITY, plot="dots")(criteria_table(_table))
 
 
 @paper_table(
@@ -54,12 +54,12 @@ for _table, _models in (
     "zero-shot accuracy of pruning criteria with and without PERP",
     models=(models.OPT_3B, models.OPT_7B, models.OPT_13B, models.OPT_30B),
     metric="accuracy, %",
-    plot="bars",
+    plot="dots",
     log=False,
 )
 def table_11(model: str, scale: Scale) -> Layout:
     """The mean over seven tasks; below the paper's scale, of a local task, which needs no network."""
-    patterns = scale.choose(tiny=("2:4",), small=PATTERNS, paper=PATTERNS)
+    patterns = scale.choose(tiny=("2:4",), small=("50%", "2:4"), paper=PATTERNS)
     if scale.name == "paper":
         entries = by_criterion(model, scale, patterns, "zero_shot_accuracy", 100)
         return models.shown("table-11", model, entries)
@@ -82,6 +82,6 @@ def table_11(model: str, scale: Scale) -> Layout:
 )
 def table_15(model: str, scale: Scale) -> Layout:
     """The rows of Table 9 at more than half."""
-    sparsities = scale.choose(tiny=("80%",), small=("50%", "60%", "70%"), paper=("50%", "60%", "70%", "80%"))
+    sparsities = scale.choose(tiny=("80%",), small=("50%", "70%"), paper=("50%", "60%", "70%", "80%"))
     entries = by_criterion(model, scale, sparsities)
     return models.shown("table-15", model, entries, dense=dense(scale, model))

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from trisparse.bench.papers.cell import Cell, Session
 from trisparse.bench.papers.language import Retraining, Texts, dense_model, evaluate, training_texts
+from trisparse.bench.papers.perp_models import OPT_3B
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.table import Layout, entry, paper_table
 from trisparse.retrain.cycles import CyclesConfig, prune_cycles
@@ -68,8 +69,9 @@ class CyclesCell(Cell):
     "gradual freezing in prune-retrain cycles, against full IMP",
     models=("ResNet-50",),
     metric="difference to full IMP, perplexity",
-    plot="bars",
+    plot="dots",
     log=False,
+    run_on=(OPT_3B,),
 )
 def table_12(model: str, scale: Scale) -> Layout:
     """On a language model: image classifiers have no cycles and no freezing here (docs/vision.md)."""

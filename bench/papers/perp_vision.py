@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from trisparse.bench.digits import ORIGINAL as DIGITS_ORIGINAL
-from trisparse.bench.digits import digits, trained_resnet
+from trisparse.bench.studies.digits import ORIGINAL as DIGITS_ORIGINAL
+from trisparse.bench.studies.digits import digits, trained_resnet
 from trisparse.bench.papers.cell import Cell, Session
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.table import Layout, entry, paper_table
@@ -117,7 +117,14 @@ def vision_layout(model: str, scale: Scale, epochs: int) -> Layout:
     }
     notes = () if own else ("Not ResNet-50 on ImageNet, but a ResNet of 20,346 parameters on scikit-learn's digits.",)
     dense = entry(*cells("", None), metric="accuracy", factor=100)
-    return Layout(entries, dense=dense, notes=notes, other_task="" if own else "accuracy on digits")
+    return Layout(
+        entries,
+        dense=dense,
+        notes=notes,
+        model=classifier,
+        settings=f"{epochs} epochs of retraining under ALLR, the mean over {len(seeds)} seeds",
+        other_task="" if own else "accuracy on digits",
+    )
 
 
 RESNET = "microsoft/resnet-50"

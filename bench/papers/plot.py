@@ -30,26 +30,34 @@ def draw(found: Comparison, file: Path) -> None:
 
     if found.table.plot == "matrix":
         return draw_matrix(found, file)
-    share = {place for place, one in found.layout.entries.items() if one.metric == "trainable_share"}
-    columns = [column for column in found.columns if not any(place[1] == column for place in share)]
+    aside = {  # columns that are no points of the curve
+        place[1]
+        for place, one in found.layout.entries.items()
+        if one.metric == "trainable_share" or one.statistic == "deviation"
+    }
+    columns = [column for column in found.columns if column not in aside]
     panels: list[tuple[str, dict[Place, float | None], float | None]] = [
-        (f"ours: {Path(found.model).name}, scale {found.scale.name}", found.ours, found.dense)
+        (f"ours: {found.model}, scale {found.scale.name}", found.ours, found.dense)
     ]
     if found.published is not None:
         theirs = {place: found.theirs(place) for place in found.ours}
         panels.append((f"published: {Path(found.published.model).name}", theirs, found.published.dense))
-    bars = found.table.plot == "bars"
-    height = max(3.6, 0.16 * len(found.rows) * len(columns) + 1.4) if bars else 4.2
-    figure = Figure(figsize=(5.2 * len(panels) + (0.8 if bars else 2.2), height), dpi=130, layout="constrained")
+    dots = found.table.plot == "dots"
+    height = max(3.6, 0.24 * len(found.rows) + 1.4) if dots else 4.2
+    figure = Figure(figsize=(5.4 * len(panels) + 1.2, height), dpi=130, layout="constrained")
     every = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, values, dense) in zip(every, panels, strict=True):
-        (_bars if bars else _lines)(axes, found, columns, values)
-        _dense(axes, dense, bars)
+        (_dots if dots else _lines)(axes, found, columns, values)
+        if dense is not None:
+            line = axes.axvline if dots else axes.axhline
+            line(dense, color="#555555", linewidth=1, linestyle=":", label="dense")
         axes.set_title(title, fontsize=10)
+        numbers = axes.xaxis if dots else axes.yaxis
         if found.table.log:
-            (axes.set_xscale if bars else axes.set_yscale)("log")
-        axes.grid(alpha=0.25, which="both", axis="x" if bars else "both")
-        (axes.set_xlabel if bars else axes.set_ylabel)(found.table.metric)
+            (axes.set_xscale if dots else axes.set_yscale)("log")
+            _plain_ticks(numbers)
+        axes.grid(alpha=0.25, which="both")
+        numbers.set_label_text(found.table.metric)
     handles, labels = every[0].get_legend_handles_labels()
     if 1 < len(labels) <= _MOST_IN_LEGEND:
         figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
@@ -74,24 +82,28 @@ def _lines(axes: Any, found: Comparison, columns: list[str], values: dict[Place,
     axes.set_xticks(places, columns)
 
 
-def _bars(axes: Any, found: Comparison, columns: list[str], values: dict[Place, float | None]) -> None:
-    thick = 0.8 / max(1, len(columns))
+def _dots(axes: Any, found: Comparison, columns: list[str], values: dict[Place, float | None]) -> None:
+    """One line a row, one marker a column: on a logarithmic axis a bar's length means nothing."""
     for index, column in enumerate(columns):
         points = [
-            (place + (index - (len(columns) - 1) / 2) * thick, value)
+            (place, value)
             for place, row in enumerate(found.rows)
             if (value := values.get((row, column))) is not None and math.isfinite(value)
         ]
-        ys, widths = [y for y, _ in points], [value for _, value in points]
-        axes.barh(ys, widths, height=thick, color=_COLORS[index % len(_COLORS)], label=column)
+        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+        xs, ys = [value for _, value in points], [place for place, _ in points]
+        axes.plot(xs, ys, linestyle="none", color=color, marker=marker, markersize=6, alpha=0.85, label=column)
     axes.set_yticks(range(len(found.rows)), found.rows, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(found.rows) - 0.5, -0.5)
 
 
-def _dense(axes: Any, dense: float | None, bars: bool) -> None:
-    if dense is not None:
-        line = axes.axvline if bars else axes.axhline
-        line(dense, color="#555555", linewidth=1, linestyle=":", label="dense")
+def _plain_ticks(axis: Any) -> None:
+    """Numbers instead of powers of ten, at 1, 2 and 5 of each power."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=30))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _leading_number(column: str) -> float | None:

@@ -34,7 +34,7 @@ def by_method(
     "pruning methods without retraining, three patterns",
     models=models.LLAMAS,
     metric=PERPLEXITY,
-    plot="bars",
+    plot="dots",
 )
 def table_2(model: str, scale: Scale) -> Layout:
     """Four methods at 50%, 4:8 and 2:4."""
@@ -46,7 +46,7 @@ def table_2(model: str, scale: Scale) -> Layout:
     "the OPT family at 50%, Pruner-Zero with and without updates of the kept weights",
     models=models.OPTS,
     metric=PERPLEXITY,
-    plot="bars",
+    plot="dots",
 )
 def table_4(model: str, scale: Scale) -> Layout:
     """Table 2's methods at 50%, and Pruner-Zero's masks with both forms of the OBS update."""
@@ -62,7 +62,7 @@ def table_4(model: str, scale: Scale) -> Layout:
     "LoRA fine-tuning of models that Pruner-Zero pruned",
     models=(models.LLAMA_7B, models.LLAMA2_7B),
     metric=PERPLEXITY,
-    plot="bars",
+    plot="dots",
 )
 def table_6(model: str, scale: Scale) -> Layout:
     """LoRA that is kept beside the pruned weights, on queries and values, of rank 8 as in Wanda's code."""
@@ -90,7 +90,7 @@ def table_6(model: str, scale: Scale) -> Layout:
     "Pruner-Zero beside GBLM-Pruner",
     models=(models.LLAMA_7B, models.LLAMA_13B, models.LLAMA_30B),
     metric=PERPLEXITY,
-    plot="bars",
+    plot="dots",
 )
 def table_13(model: str, scale: Scale) -> Layout:
     """Table 2 with GBLM-Pruner."""
@@ -104,13 +104,13 @@ def table_13(model: str, scale: Scale) -> Layout:
     )
 
 
-@paper_table("pruner-zero-table-22", "TinyLlama", models=(models.TINY_LLAMA,), metric=PERPLEXITY, plot="bars")
+@paper_table("pruner-zero-table-22", "TinyLlama", models=(models.TINY_LLAMA,), metric=PERPLEXITY, plot="dots")
 def table_22(model: str, scale: Scale) -> Layout:
     """Table 2 of another model; the paper does not give its dense perplexity."""
     return shown("table-22", model, by_method(model, scale, ("50%", "2:4", "4:8")), dense=dense(scale, model))
 
 
-@paper_table("pruner-zero-table-24", "60% sparsity", models=models.LLAMAS, metric=PERPLEXITY, plot="bars")
+@paper_table("pruner-zero-table-24", "60% sparsity", models=models.LLAMAS, metric=PERPLEXITY, plot="dots")
 def table_24(model: str, scale: Scale) -> Layout:
     """Table 2's methods at 60%."""
     return shown("table-24", model, by_method(model, scale, ("60%",)), dense=dense(scale, model))
@@ -121,7 +121,7 @@ def table_24(model: str, scale: Scale) -> Layout:
     "Pruner-Zero over seeds of the calibration",
     models=(models.LLAMA_7B, models.LLAMA2_7B),
     metric=PERPLEXITY,
-    plot="bars",
+    plot="dots",
 )
 def table_25(model: str, scale: Scale) -> Layout:
     """Four seeds, their mean, and their standard deviation, which the paper divides by 4 and not by 3."""

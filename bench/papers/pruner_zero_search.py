@@ -183,7 +183,7 @@ def searched(scale: Scale, model: str, **options: Any) -> SearchCell:
     "the search with and without opposing operation simplification",
     models=(LLAMA2_7B,),
     metric=PERPLEXITY,
-    plot="bars",
+    plot="dots",
     log=False,
 )
 def table_5(model: str, scale: Scale) -> Layout:
@@ -192,11 +192,8 @@ def table_5(model: str, scale: Scale) -> Layout:
         ("with OOS", PERPLEXITY): entry(searched(scale, model)),
         ("without OOS", PERPLEXITY): entry(searched(scale, model, opposing=False)),
     }
-    notes = (
-        _searches(scale, model),
-        "The expressions found stand beside the numbers in the paper, but are missing in the text that was read.",
-    )
-    return shown("table-5", model, entries, notes=notes)
+    notes = ("The expressions found stand beside the numbers in the paper, but are missing in the text that was read.",)
+    return shown("table-5", model, entries, notes=notes, settings=_searches(scale, model))
 
 
 @paper_table(
@@ -204,7 +201,7 @@ def table_5(model: str, scale: Scale) -> Layout:
     "share of random trees with opposing operations",
     models=(RANDOM_TREES,),
     metric="share",
-    plot="bars",
+    plot="dots",
     log=False,
 )
 def table_12(model: str, scale: Scale) -> Layout:
@@ -220,11 +217,9 @@ def table_12(model: str, scale: Scale) -> Layout:
         }
         entries[row, "average"] = entry(*cells, metric="share")
         entries[row, "deviation"] = entry(*cells, metric="share", statistic="deviation")
-    notes = (
-        f"{trees:,} random trees a trial; no model is involved, so ours and the paper's are of the same thing, but for "
-        "how a random tree is drawn, of which the paper gives the depth alone.",
-    )
-    return shown("table-12", model, entries, notes=notes)
+    notes = ("Of how a random tree is drawn, the paper gives the depth alone.",)
+    settings = f"{trees:,} random trees a trial"
+    return shown("table-12", model, entries, notes=notes, model=RANDOM_TREES, settings=settings)
 
 
 @paper_table(
@@ -242,11 +237,10 @@ def figure_2(model: str, scale: Scale) -> Layout:
         for count in one.counts
     }
     notes = (
-        _searches(scale, model),
         "Columns are metrics evaluated, with the first population. The paper: evolution converges in fewer than 100 "
         "iterations, random search in about 300.",
     )
-    return Layout(entries, notes=notes)
+    return Layout(entries, notes=notes, settings=_searches(scale, model))
 
 
 @paper_table(
@@ -268,16 +262,15 @@ def figure_4(model: str, scale: Scale) -> Layout:
         for column in (*names, PERPLEXITY)
     }
     notes = (
-        _searches(scale, model),
         "Negative with perplexity means that an operation is found in better metrics. One that no metric has has no "
         "correlation. The paper: mul correlates strongly with perplexity, sqrt with sqr, mms with nothing.",
     )
-    return Layout(entries, notes=notes)
+    return Layout(entries, notes=notes, settings=_searches(scale, model))
 
 
 def _searches(scale: Scale, model: str) -> str:
     one = searched(scale, model)
     return (
-        f"A search is {one.population} random metrics and {one.iterations} iterations; X and G are of {one.samples} "
-        f"windows, perplexity of {one.windows}, each of {one.seq_len} tokens."
+        f"a search of {one.population} random metrics and {one.iterations} iterations, X and G from {one.samples} "
+        f"windows of {one.calibration}, perplexity on {one.windows} of {one.evaluation}, each of {one.seq_len} tokens"
     )

@@ -74,7 +74,7 @@ class PruningTimeCell(Cell):
     "seconds to prune to 50%, without those of the gradients",
     models=(LLAMA_7B,),
     metric="seconds, perplexity",
-    plot="bars",
+    plot="dots",
 )
 def table_23(model: str, scale: Scale) -> Layout:
     """Table 2's methods."""

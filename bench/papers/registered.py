@@ -1,4 +1,4 @@
-"""Every paper's table as a benchmark ``papers/NAME``: what it measures becomes rows, the published number among them."""
+"""Every paper's table as a benchmark ``papers/NAME``: a row for each number, with the published one beside it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from trisparse.bench.registry import Measured, Options, Run, benchmark
 
 def measured(found: Comparison) -> Iterator[Measured]:
     """A row for each number of a table, with the published one where it is of the same model and task."""
-    names = found.table.metric.split(", ")  # several where columns differ: "seconds, perplexity"
+    key = found.table.metric.split(",")[0].split()[-1]
     for (row, column), value in found.ours.items():
         if value is None:
             continue
-        own = found.layout.entries[row, column].metric
-        metrics = {own if own in names else names[0].split()[-1]: value}
+        metrics = {key: value}
         theirs = found.theirs((row, column))
         if theirs is not None and found.comparable and found.published is not None and found.published.same_model:
             metrics["published"] = theirs
@@ -41,10 +40,10 @@ def _run(table: PaperTable) -> Run:
         folder = papers_folder()
         store = CellStore(cells_file(folder, table.paper))
         session = Session(options.device, keep_copies=scale.keep_copies)
-        models = (options.model,) if options.model else table.models if scale.models else ("smollm2",)
-        for model in models:
+        for model in (options.model,) if options.model else table.models_at(scale):
             for found in run_tables([table], model, scale, store, session):
-                write(found, folder, f"trisparse bench run papers/{table.name} --model {model} --scale {scale.name}")
+                command = f"trisparse bench run papers/{table.name} --model {model} --scale {scale.name}"
+                write(found, folder, command, picture=False)
                 yield from (row for row in measured(found) if options.only in row.name)
 
     return run

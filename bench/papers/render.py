@@ -71,7 +71,7 @@ def as_json(found: Comparison, command: str) -> dict[str, Any]:
 def write(found: Comparison, folder: Path, command: str, *, picture: bool = True) -> list[Path]:
     """NAME-MODEL-SCALE.md, .json and .png in ``folder``; the picture needs matplotlib, the extra ``plot``."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{found.table.name}-{Path(found.model).name.lower()}-{found.scale.name}"
+    stem = folder / f"{found.table.name}-{found.model.replace(' ', '-').lower()}-{found.scale.name}"
     files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".md", ".json", ".png")]
     files[0].write_text(markdown(found, command), "utf-8")
     files[1].write_text(json.dumps(as_json(found, command), indent=1) + "\n", "utf-8")
@@ -84,6 +84,8 @@ def write(found: Comparison, folder: Path, command: str, *, picture: bool = True
 
 
 def _described(found: Comparison) -> str:
+    if found.layout.settings:
+        return found.layout.settings
     scale = found.scale
     length = scale.context(found.model)
     batch = (
@@ -114,12 +116,13 @@ def _differences(found: Comparison) -> list[str]:
 
 
 def _over_dense(found: Comparison) -> tuple[dict[Place, float], dict[Place, float]]:
-    assert found.published is not None and found.dense is not None and found.published.dense is not None
+    published = found.published
+    assert found.dense is not None
+    assert published is not None
+    assert published.dense is not None
     of_perplexity = [place for place, one in found.layout.entries.items() if one.metric == "perplexity"]
     ours = {place: value / found.dense for place in of_perplexity if (value := found.ours[place]) is not None}
-    theirs = {
-        place: value / found.published.dense for place in of_perplexity if (value := found.theirs(place)) is not None
-    }
+    theirs = {place: value / published.dense for place in of_perplexity if (value := found.theirs(place)) is not None}
     return ours, theirs
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trisparse.bench.models import model_label
 from trisparse.bench.papers.cell import Cell, Session
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.store import CellStore, Record
@@ -23,7 +24,7 @@ class Comparison:
     """A table's numbers: ours, the paper's and what lies between.
 
     Attributes:
-        table, layout, model, scale: what was measured.
+        table, layout, model, scale: what was measured; the model by its label.
         ours: by (row, column); None where a cell is not measured yet.
         deviations: over the seeds, where there are several.
         dense: of the model before pruning.
@@ -139,7 +140,7 @@ def compare(table: PaperTable, layout: Layout, model: str, scale: Scale, store: 
     return Comparison(
         table,
         layout,
-        model,
+        layout.model or model_label(model),
         scale,
         {place: one.value(store) for place, one in layout.entries.items()},
         {place: one.deviation(store) for place, one in layout.entries.items()},

@@ -24,7 +24,7 @@ from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.store import CellStore
 
 Place = tuple[str, str]  # row, column
-Plot = Literal["lines", "bars", "matrix"]
+Plot = Literal["lines", "dots", "matrix"]
 Statistic = Literal["mean", "deviation"]
 
 # Importing these registers their tables.
@@ -97,12 +97,16 @@ class Layout:
         entries: by (row, column), in the order of the table; labels are those of the published numbers.
         dense: the model before pruning, to relate perplexities to; None where that means nothing.
         notes: what a reader has to know: rows that the model cannot have, settings that the paper does not give.
+        model: what was measured, if not the language model that was asked for.
+        settings: how, if not as the scale says.
         other_task: what is measured in place of the paper's task, if it is another one; no difference is taken then.
     """
 
     entries: Mapping[Place, Entry]
     dense: Entry | None = None
     notes: tuple[str, ...] = ()
+    model: str = ""
+    settings: str = ""
     other_task: str = ""
 
     def every(self) -> Iterator[Entry]:
@@ -120,6 +124,7 @@ class PaperTable:
         name: "perp-table-1".
         about: one line of help.
         models: of the paper; the first is what other models are set beside.
+        run_on: models that the paper's scale runs it on where none is named; by default those of the paper.
         metric: what the numbers are, with their unit.
         layout: gives the cells of a model at a scale.
         plot: how it is drawn.
@@ -133,6 +138,11 @@ class PaperTable:
     layout: Callable[[str, Scale], Layout]
     plot: Plot = "lines"
     log: bool = True
+    run_on: tuple[str, ...] = ()
+
+    def models_at(self, scale: Scale) -> tuple[str, ...]:
+        """The models to run it on where none is named."""
+        return (self.run_on or self.models) if scale.models else ("smollm2",)
 
     @property
     def paper(self) -> str:
@@ -178,7 +188,14 @@ _TABLES: dict[str, PaperTable] = {}
 
 
 def paper_table(
-    name: str, about: str, *, models: tuple[str, ...], metric: str, plot: Plot = "lines", log: bool = True
+    name: str,
+    about: str,
+    *,
+    models: tuple[str, ...],
+    metric: str,
+    plot: Plot = "lines",
+    log: bool = True,
+    run_on: tuple[str, ...] = (),
 ) -> Callable[[Callable[[str, Scale], Layout]], Callable[[str, Scale], Layout]]:
     """Register the decorated layout as table ``name``.
 
@@ -189,7 +206,7 @@ def paper_table(
     def register(layout: Callable[[str, Scale], Layout]) -> Callable[[str, Scale], Layout]:
         if name in _TABLES:
             raise ValueError(f"table {name!r} is registered twice")
-        _TABLES[name] = PaperTable(name, about, models, metric, layout, plot, log)
+        _TABLES[name] = PaperTable(name, about, models, metric, layout, plot, log, run_on)
         return layout
 
     return register

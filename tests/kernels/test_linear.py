@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trisparse.bench.masked_lora import peak_bytes
+from trisparse.bench.peak_memory import peak_bytes
 from trisparse.kernels import linear as module
 from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.compressed import FORMATS, TILE, CompressedWeight, compress, tile_offsets

@@ -12,7 +12,7 @@ from trisparse.cli.options import app
 
 __all__ = ["app", "main"]
 
-for _commands in ("prune", "retrain", "search", "bench", "bench_papers"):  # in the order that --help shows them
+for _commands in ("prune", "retrain", "search", "bench", "bench_run", "bench_papers"):  # in the order of --help
     import_module(f"trisparse.cli.{_commands}")
 
 

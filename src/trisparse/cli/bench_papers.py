@@ -63,10 +63,8 @@ def papers(
         print(f"  cell {done + 1} of {missing}: {_brief(cell.spec)}", file=sys.stderr, flush=True)
 
     results = []
-    own = [name for table in chosen for name in table.models] if size.models else ["smollm2"]
-    for name in model or dict.fromkeys(own):
-        # Without --model, each table runs on the models that the paper has it for.
-        of_model = [table for table in chosen if model or not size.models or name in table.models]
+    for name in model or dict.fromkeys(name for table in chosen for name in table.models_at(size)):
+        of_model = [table for table in chosen if model or name in table.models_at(size)]
         for paper in dict.fromkeys(table.paper for table in of_model):
             store = CellStore(cells_file(folder, paper))
             those = [table for table in of_model if table.paper == paper]

@@ -1,21 +1,18 @@
 """Peak memory of a streamed prune, against its bar: four blocks, the hidden states and 600 MB.
 
-    python -m trisparse.bench.stream_memory
-
-prunes SmolLM2-135M (30 blocks, by the command line) and a random Llama of 3 GB (30 blocks, written for this and removed
+Prunes SmolLM2-135M (30 blocks, by the command line) and a random Llama of 3 GB (30 blocks, written for this and removed
 afterwards) in a process of their own, whose VmHWM (the most memory that it ever had resident) is read when it ends.
-Writes bench/results/stream_memory.json. A MB is 2^20 bytes.
+``bar_bytes`` is the bar.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
+from trisparse.bench.registry import Measured, Options, benchmark
 from trisparse.bench.smollm2 import smollm2_path
-from trisparse.env import environment
 
-RESULTS = Path("bench/results/stream_memory.json")
-_MB = 2**20
-_ALLOWED = 600 * _MB
+_ALLOWED = 600 * 2**20
 _SHAPE: dict[str, Any] = {
     "hidden_size": 1536,
     "intermediate_size": 3520,
@@ -95,7 +90,7 @@ def write_llama(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
-def measure(name: str, folder: Path, samples: int, seq_len: int, data: str) -> dict[str, Any]:
+def measure(name: str, folder: Path, samples: int, seq_len: int, data: str) -> Measured:
     """Prune ``folder`` in a process of its own; its peak memory, and the bar.
 
     Raises:
@@ -113,25 +108,16 @@ def measure(name: str, folder: Path, samples: int, seq_len: int, data: str) -> d
         if done.returncode or not found:
             raise RuntimeError(f"the streamed prune of {name} failed: {done.stderr}")
     bar = 4 * block + hidden + _ALLOWED
-    row = {
+    parameters = {
         "model": name,
         "blocks": config.num_hidden_layers,
-        "model_mb": _bytes_of(folder, "") / _MB,
-        "block_mb": block / _MB,
-        "outside_mb": (_bytes_of(folder, "") - config.num_hidden_layers * block) / _MB,
-        "hidden_states_mb": hidden / _MB,
+        "model_bytes": _bytes_of(folder, ""),
+        "block_bytes": block,
         "tokens": samples * seq_len,
-        "peak_mb": int(found[0]) * 1024 / _MB,
-        "bar_mb": bar / _MB,
-        "seconds": seconds,
     }
-    row["within"] = row["peak_mb"] <= row["bar_mb"]
-    print(
-        f"{name}: {row['model_mb']:.0f} MB, {row['blocks']} blocks of {row['block_mb']:.1f} MB, hidden states "
-        f"{row['hidden_states_mb']:.1f} MB; peak {row['peak_mb']:.0f} MB, bar {row['bar_mb']:.0f} MB, {seconds:.0f} s",
-        flush=True,
-    )
-    return row
+    peak = int(found[0]) * 1024
+    metrics = {"peak_bytes": peak, "bar_bytes": bar, "hidden_states_bytes": hidden, "share_of_bar": peak / bar}
+    return Measured(name, parameters, {"streamed": metrics}, {"streamed": [seconds]})
 
 
 def _bytes_of(folder: Path, prefix: str) -> int:
@@ -145,25 +131,12 @@ def _bytes_of(folder: Path, prefix: str) -> int:
     return total
 
 
-def main() -> None:
-    """Measure both, print, and store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="where the 3-GB model goes; by default a temporary one"
-    )
-    work = Path(tempfile.mkdtemp(prefix="random-llama-", dir=parser.parse_args().folder))
-    try:
-        rows = [measure("SmolLM2-135M", smollm2_path(), 32, 512, "pydoc")]
-        write_llama(work)
-        rows.append(measure("random Llama", work, 8, 128, "random"))
-    finally:
-        shutil.rmtree(work)
-    content = {"command": "python -m trisparse.bench.stream_memory", "rows": rows, "environment": environment()}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(content, indent=2) + "\n")
-    if not all(row["within"] for row in rows):
-        raise SystemExit("above the bar")
-
-
-if __name__ == "__main__":
-    main()
+@benchmark("stream-memory", "peak memory of a streamed prune, of SmolLM2 and of a model of 3 GB")
+def stream_memory(options: Options) -> Iterator[Measured]:
+    """Both models; with ``quick`` SmolLM2 alone."""
+    if options.wants("SmolLM2-135M"):
+        yield measure("SmolLM2-135M", smollm2_path(), 32, 512, "pydoc")
+    if not options.quick and options.wants("random Llama"):
+        with tempfile.TemporaryDirectory(prefix="random-llama-") as folder:
+            write_llama(Path(folder))
+            yield measure("random Llama", Path(folder), 8, 128, "random")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import transformers
 
-from trisparse.bench import train_speed
-from trisparse.bench.train_speed import CONTESTANTS, memory, speeds, step_of
+from trisparse.bench.registry import Options
+from trisparse.bench.studies.train_speed import (
+    CONTESTANTS,
+    peak_of_steps,
+    seconds_of_steps,
+    step_of,
+    train_speed,
+)
 from trisparse.sparsity.mask import check_masks
 from trisparse.sparsity.sparsify import sparsify
 
@@ -52,30 +56,26 @@ def test_a_step_trains_what_its_name_says_and_keeps_the_zeros(model, windows, na
         assert all(torch.equal(state[k.replace("weight", "base_layer.weight")], before[k]) for k in frozen)
 
 
-def test_speeds_and_memory(model, windows):
-    rounds = []
+def test_seconds_and_memory(model, windows):
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = speeds(model, list(CONTESTANTS), windows, 2, rounds.append)
-    assert rounds == [0, 1, 2]
+    found = seconds_of_steps(model, list(CONTESTANTS), windows, 2)
     assert list(found) == list(CONTESTANTS)
-    assert found["full"]["ratio"] == 1
-    assert all(row["tokens_per_second"] > 0 for row in found.values())
-    held = memory(model, list(CONTESTANTS), windows)
+    assert all(len(times) == 2 and min(times) > 0 for times in found.values())
     weights = sum(param.numel() * 4 for param in model.parameters())
-    assert held["full"]["peak_bytes"] > 3 * weights  # gradients and two moments
-    assert held["norms only"]["peak_bytes"] < held["full"]["peak_bytes"]
+    full = peak_of_steps(model, "full", windows)
+    assert full > 3 * weights  # gradients and two moments
+    assert peak_of_steps(model, "norms only", windows) < full
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_the_command(model, tmp_path, capsys):
-    model.save_pretrained(tmp_path)
-    arguments = ["--model", str(tmp_path), "--rounds", "1", "--seq-len", "32", "--only", "lora"]
-    train_speed.main(arguments)
-    out = capsys.readouterr().out
-    assert "1.00x of full" in out
-    assert "MiB above the weights" in out
-    train_speed.main([*arguments, "--json", "--no-memory"])
-    result = json.loads(capsys.readouterr().out)
-    assert list(result["speed"]) == ["full", "lora"]
-    assert "memory" not in result
-    assert str(tmp_path) not in json.dumps(result)
+def test_the_rows(tiny_llama):
+    options = Options(quick=True, repeats=1, model=str(tiny_llama / "dense"))
+    speed, memory = train_speed(options)
+    assert (speed.baseline, set(speed.seconds)) == ("full", set(CONTESTANTS))
+    assert speed.metrics["lora"]["tokens_per_s"] == pytest.approx(256 / speed.seconds["lora"][0])
+    assert memory.metrics["full"]["peak_ratio_to_full"] == 1
+    assert memory.metrics["norms only"]["peak_ratio_to_full"] < 1
+    assert speed.parameters["model"] == "dense"  # the last part of the path, and no more
+    assert [row.name for row in train_speed(Options(quick=True, repeats=1, only="speed", model=options.model))] == [
+        "speed"
+    ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trisparse.bench import allocations
-from trisparse.bench.allocations import CASES, AllocatedModel
+from trisparse.bench.registry import Options
+from trisparse.bench.studies import allocations
+from trisparse.bench.studies.allocations import CASES, AllocatedModel
 from trisparse.sparsity.allocation import find_allocation
 from trisparse.sparsity.mask import masks, masks_sha256
 from trisparse.sparsity.perplexity import perplexity
@@ -58,21 +57,20 @@ def test_a_case_is_what_sparsify_does(tokens, monkeypatch, method, sparsity, all
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_rows_are_written_and_not_measured_again(tokens, tmp_path, monkeypatch, capsys):
+def test_one_row_for_the_dense_model_and_each_case_that_is_wanted(tokens, monkeypatch):
     cases = (("wanda", "60%", "uniform"), ("magnitude", "60% layer", "erk"))
     monkeypatch.setattr(allocations, "CASES", cases)
-    monkeypatch.setattr(allocations, "RESULTS", tmp_path / "allocations.json")
     monkeypatch.setattr(allocations, "load_smollm2", lambda: (tiny(), None))
     monkeypatch.setattr(allocations, "pydoc_text", lambda split: tokens)
     monkeypatch.setattr(allocations, "FULL", type("Small", (), {"calibration": 8, "seq_len": 16, "test": 8}))
-    monkeypatch.setattr("sys.argv", ["allocations"])
-    allocations.main()
-    first = json.loads((tmp_path / "allocations.json").read_text())
-    assert [(row["method"], row["sparsity"], row["allocation"]) for row in first["rows"]] == list(cases)
-    monkeypatch.setattr(AllocatedModel, "measure", None)  # would fail
-    allocations.main()
-    assert json.loads((tmp_path / "allocations.json").read_text()) == first
-    assert capsys.readouterr().out.count("magnitude") == 2
+    rows = list(allocations.allocations(Options()))
+    assert [row.name for row in rows] == ["dense", "wanda 60% uniform", "magnitude 60% layer erk"]
+    assert rows[1].parameters["allocation"] == "uniform"
+    assert rows[1].parameters["sparsity"] == pytest.approx(0.6, abs=0.02)
+    found = rows[2].metrics["magnitude, erk"]
+    assert found["least_sparsity"] < found["greatest_sparsity"]
+    assert found["perplexity"] > 1
+    assert [row.name for row in allocations.allocations(Options(only="erk"))] == ["magnitude 60% layer erk"]
 
 
 def test_every_case_names_an_allocation():

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-from trisparse.bench import digits
+from trisparse.bench.registry import Options
+from trisparse.bench.studies import digits
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "vision.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "vision.md"
 
 
-def test_every_row_is_written_and_shown(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(digits, "RESULTS", tmp_path / "digits.json")
-    monkeypatch.setattr(digits, "SEEDS", (0,))
+def test_one_row_for_each_group_and_schedule(monkeypatch):
     monkeypatch.setattr(digits, "SPARSITIES", ("95%",))
     monkeypatch.setattr(digits, "VISION_PRESETS", ("bn-recalibrate", "norms"))
     threads = torch.get_num_threads()
-    digits.main()
-    torch.set_num_threads(threads)
-    written = json.loads((tmp_path / "digits.json").read_text())
-    assert written["how"] == "python -m trisparse.bench.digits"
-    assert [(row["groups"], row["schedule"]) for row in written["rows"]] == [
-        ("dense", ""), ("pruned", ""), ("bn-recalibrate", "ALLR"), ("norms", "ALLR"), ("full", "FT"),
-        ("full", "LRW"), ("full", "SLR"), ("full", "CLR"), ("full", "LLR"),
+    rows = list(digits.digits_accuracy(Options(quick=True)))
+    assert torch.get_num_threads() == threads
+    assert [row.name for row in rows] == [
+        "0% dense", "95% pruned", "95% bn-recalibrate ALLR", "95% norms ALLR", "95% full FT", "95% full LRW",
+        "95% full SLR", "95% full CLR", "95% full LLR",
     ]  # fmt: skip
-    accuracies = [row["accuracy"] for row in written["rows"]]
+    accuracies = [metrics["accuracy"] for row in rows for metrics in row.metrics.values()]
     assert accuracies[1] < min(accuracies[2:]) <= max(accuracies[2:]) <= accuracies[0] + 0.02
-    shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 9
-    assert shown[3].split() == ["norms", "ALLR", "1.46%", f"{accuracies[3]:.1%}"]
+    assert rows[3].metrics["norms ALLR"]["trainable_share"] == pytest.approx(0.0146, abs=5e-5)
+    assert (rows[3].parameters["sparsity"], rows[3].parameters["seeds"]) == (0.95, 1)
 
 
 def test_the_example_in_the_docs_runs(capsys):

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from trisparse.bench.perp_quality import compare, retrained, revived_in_the_file
+from trisparse.bench.studies.perp_quality import compare, retrained, revived_in_the_file
 from trisparse.sparsity.mask import masks
 from trisparse.sparsity.sparsify import sparsify
 

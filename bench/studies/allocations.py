@@ -1,26 +1,21 @@
 """Perplexity of SmolLM2-135M at one model-wide sparsity, spread over its layers by different allocations.
 
-    python -m trisparse.bench.allocations
-
-prints a table and writes bench/results/allocations.json after each row; rows that are there are not measured again
-(``--again`` measures all). X comes from one pass over the dense model that all rows share, so each mask is that of
+X comes from one pass over the dense model that all rows share, so each mask is that of
 ``sparsify(..., propagate="dense")``. Perplexity is computed in bf16.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from trisparse.bench.demo import FULL
+from trisparse.bench.registry import Measured, Options, benchmark
 from trisparse.bench.smollm2 import load_smollm2
-from trisparse.env import environment
 from trisparse.sparsity.allocation import find_allocation
 from trisparse.sparsity.batches import calibration_batches
 from trisparse.sparsity.calibration import walk
@@ -34,7 +29,6 @@ from trisparse.sparsity.pruning import Pruning
 from trisparse.sparsity.targets import find_targets
 from trisparse.sparsity.text import pydoc_text
 
-RESULTS = Path("bench/results/allocations.json")
 _SPREAD = ("uniform", "owl:M=5,lambda=0.08", "owl:M=5,lambda=0.15", "owl:M=7,lambda=0.08", "erk", "lamp")
 CASES = (
     *(("wanda", sparsity, allocation) for sparsity in ("60%", "70%") for allocation in _SPREAD),
@@ -82,9 +76,7 @@ class AllocatedModel:
         self.test_tokens = self._test.numel()
         self.targets = find_targets(model)
         batches = calibration_batches(model, calibration, tokenizer=tokenizer, samples=samples, seq_len=seq_len)
-        start = time.perf_counter()
         self._steps = list(walk(model, self.targets, batches, propagate="dense"))
-        self.measuring_seconds = time.perf_counter() - start
         self._inputs = {target.name: statistics for group, statistics in self._steps for target in group}
 
     def dense(self) -> float:
@@ -127,55 +119,32 @@ class AllocatedModel:
                 detach(module)
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="measure all rows anew")
-    again = parser.parse_args().again
-    results: dict[str, Any] = {"rows": []}
-    if RESULTS.is_file() and not again:
-        results = json.loads(RESULTS.read_text())
-    rows = {(row["method"], row["sparsity"], row["allocation"]): row for row in results["rows"]}
+@benchmark("allocations", "perplexity of SmolLM2 at one sparsity, spread over its layers in different ways")
+def allocations(options: Options) -> Iterator[Measured]:
+    """One row for each method, sparsity and allocation, and the dense model's."""
     model, tokenizer = load_smollm2()
     smollm2 = AllocatedModel(
         model,
         tokenizer,
         pydoc_text("calibration"),
         pydoc_text("test"),
-        samples=FULL.calibration,
+        samples=FULL.calibration // (4 if options.quick else 1),
         seq_len=FULL.seq_len,
-        windows=FULL.test,
+        windows=FULL.test // (4 if options.quick else 1),
     )
-    print(f"{'method':10} {'sparsity':10} {'allocation':20} {'perplexity':>10} {'least':>7} {'greatest':>8} {'s':>6}")
-    for case in CASES:
-        if case not in rows:
-            outcome = smollm2.measure(*case)
-            rows[case] = dict(zip(("method", "sparsity", "allocation"), case, strict=True)) | {
-                "perplexity": outcome.perplexity,
-                "pruned": outcome.sparsity,
-                "least_sparsity": outcome.least,
-                "greatest_sparsity": outcome.greatest,
-                "allocation_seconds": outcome.seconds,
-            }
-            results = {
-                "command": "python -m trisparse.bench.allocations",
-                "calibration": f"{FULL.calibration} sequences of {FULL.seq_len} tokens, dense model",
-                "test_tokens": smollm2.test_tokens,
-                "dense": results["dense"] if "dense" in results else smollm2.dense(),
-                "measuring_seconds": smollm2.measuring_seconds,
-                "rows": [rows[one] for one in CASES if one in rows],
-                "environment": environment(),
-            }
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        row = rows[case]
-        print(
-            f"{case[0]:10} {case[1]:10} {case[2]:20} {row['perplexity']:10.2f} {row['least_sparsity']:7.1%} "
-            f"{row['greatest_sparsity']:8.1%} {row['allocation_seconds']:6.1f}",
-            flush=True,
-        )
-    print(f"dense {results['dense']:.2f}")
-
-
-if __name__ == "__main__":
-    main()
+    shared = {"model": "SmolLM2-135M", "test_tokens": smollm2.test_tokens}
+    if options.wants("dense"):
+        yield Measured("dense", shared | {"sparsity": 0.0}, {"dense": {"perplexity": smollm2.dense()}})
+    for method, sparsity, allocation in CASES:
+        case = f"{method} {sparsity} {allocation}"
+        if not options.wants(case):
+            continue
+        outcome = smollm2.measure(method, sparsity, allocation)
+        parameters = {"method": method, "pattern": sparsity, "allocation": allocation, "sparsity": outcome.sparsity}
+        metrics = {
+            "perplexity": outcome.perplexity,
+            "least_sparsity": outcome.least,
+            "greatest_sparsity": outcome.greatest,
+            "allocation_seconds": outcome.seconds,
+        }
+        yield Measured(case, shared | parameters, {f"{method}, {allocation}": metrics})

@@ -1,8 +1,6 @@
 """Quality of PERP against full retraining with the masks held: each at its own best learning rate.
 
-    python -m trisparse.bench.perp_quality [--steps 100] [--json FILE]
-
-prunes SmolLM2-135M to 50% by magnitude, finds a learning rate by ``learning_rate="grid"`` (PERP's, Appendix A, and
+Prunes SmolLM2-135M to 50% by magnitude, finds a learning rate by ``learning_rate="grid"`` (PERP's, Appendix A, and
 1e-3: 30 steps with each, the loss on the validation split decides), retrains with it, and gives the perplexity on the
 test split. Each result, and a short run of every LoRA variant that is merged, is saved, and the pruned weights of the
 saved file that are not zero are counted.
@@ -10,10 +8,9 @@ saved file that are not zero are counted.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from trisparse.bench.smollm2 import load_smollm2
-from trisparse.env import environment
+from trisparse.bench.models import load_causal_lm, model_label
+from trisparse.bench.registry import Measured, Options, benchmark
 from trisparse.retrain.loop_options import LEARNING_RATES
 from trisparse.retrain.perp import PERPConfig, retrain
 from trisparse.sparsity.checkpoint import save
@@ -87,7 +84,6 @@ def compare(model: Any, data: dict[str, Tensor], options: dict[str, Any], check_
     for name, method in METHODS.items():
         own, row = retrained(model, data, options | method)
         rows[name] = row | {"revived": revived_in_the_file(own, kept)}
-        print(f"{name}: perplexity {row['perplexity']:.2f} at {row['learning_rate']:g}, grid {row['grid']}", flush=True)
     revived = {}
     for variant in MERGED_VARIANTS:
         own = copy.deepcopy(model)
@@ -103,50 +99,33 @@ def compare(model: Any, data: dict[str, Tensor], options: dict[str, Any], check_
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Compare, print, and store what was found if a file is given."""
-    parser = argparse.ArgumentParser(prog="python -m trisparse.bench.perp_quality", description=__doc__)
-    parser.add_argument("--model", help="folder of a causal language model; SmolLM2-135M by default")
-    parser.add_argument("--sparsity", default="50%")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--grid-steps", type=int, default=30, help="steps with each learning rate")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=32, help="of the validation split, and of the test split")
-    parser.add_argument("--rates", type=float, nargs="+", default=[*LEARNING_RATES, 1e-3])
-    parser.add_argument("--dtype", default="auto", help="auto, fp32 or bf16")
-    parser.add_argument("--json", type=Path, help="file for the result")
-    options = parser.parse_args(arguments)
-    if options.model is None:
-        model, tokenizer = load_smollm2()
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(options.model)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    sparsify(model, options.sparsity, "magnitude", progress=False)
-    size = {"train": options.steps * options.batch_size, "validation": options.windows, "test": options.windows}
+@benchmark("perp-quality", "PERP against full retraining with the masks held, each at its own best learning rate")
+def perp_quality(options: Options) -> Iterator[Measured]:
+    """100 steps of 2 x 256 tokens after magnitude pruning to 50%; ``quick``: 10 steps and two rates."""
+    model, tokenizer = load_causal_lm(options.model)
+    sparsify(model, "50%", "magnitude", progress=False)
+    steps, batch, seq_len, windows = 10 if options.quick else 100, 2, 256, 32
+    size = {"train": steps * batch, "validation": windows, "test": windows}
     data = {
-        split: token_windows(pydoc_text(split), tokenizer=tokenizer, seq_len=options.seq_len, samples=count)
+        split: token_windows(pydoc_text(split), tokenizer=tokenizer, seq_len=seq_len, samples=count)
         for split, count in size.items()
     }
     training = {
-        "steps": options.steps,
-        "batch_size": options.batch_size,
+        "steps": steps,
+        "batch_size": batch,
         "gradient_accumulation": 1,
-        "seq_len": options.seq_len,
-        "dtype": options.dtype,
-        "learning_rates": tuple(options.rates),
-        "grid_steps": options.grid_steps,
+        "seq_len": seq_len,
+        "learning_rates": LEARNING_RATES[-2:] if options.quick else (*LEARNING_RATES, 1e-3),
+        "grid_steps": min(steps, 30),
     }
     result = compare(model, data, training)
-    print(f"before {result['before']:.2f}; PERP's perplexity is {result['ratio']:.3f}x of full retraining's")
-    print(f"pruned weights that are not zero in the saved file: {result['revived']}")
-    if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name not in ("json", "model")}
-        content = {"settings": settings, **result, "environment": environment()}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    parameters = {"model": model_label(options.model), "sparsity": 0.5, "pattern": "50%", "steps": steps,
+                  "train_tokens": steps * batch * seq_len}  # fmt: skip
+    yield Measured("before", parameters, {"pruned": {"perplexity": result["before"]}})
+    for name, row in result["rows"].items():
+        kept = ("perplexity", "learning_rate", "trainable_share", "revived")
+        metrics = {key: row[key] for key in kept}
+        yield Measured("retrained", parameters | {"grid": row["grid"]}, {name: metrics}, {name: [row["seconds"]]})
+    yield Measured("ratio", parameters, {"mask_lora + norms + head": {"perplexity_ratio_to_full": result["ratio"]}})
+    for variant, revived in result["revived"].items():
+        yield Measured("saved after merging", parameters, {variant: {"revived": revived}})

@@ -1,14 +1,11 @@
 """Random kill -9 during a streamed prune: is every resumed result, byte for byte, that of a run without a kill?
 
-    python -m trisparse.bench.stream_kills
-
-prunes a tiny Llama in a process that is killed at a random time, as often as asked, each time resumed by the same call
-until it ends; hidden states are in memory and on disk in turn. Writes bench/results/stream_kills.json.
+Prunes a tiny Llama in a process that is killed at a random time, as often as asked, each time resumed by the same call
+until it ends; hidden states are in memory and on disk in turn.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -17,19 +14,21 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trisparse.env import environment
+from trisparse.bench.registry import Measured, Options, benchmark
 from trisparse.sparsity.streaming.output import work_folder
 from trisparse.sparsity.streaming.stream import stream_sparsify
 
-RESULTS = Path("bench/results/stream_kills.json")
 _SHAPE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
 _BLOCKS = 6
 
@@ -113,41 +112,31 @@ def measure(kills: int, seed: int) -> list[dict[str, Any]]:
             run(prune, work / "model", out, mode)
             same = content_of(out) == expected[mode] and not work_folder(out).exists()
             rows += [{**row, "same": same} for row in trial]
-            for row in trial:
-                print(
-                    f"{row['hidden_states']:7} killed after {row['after_seconds']:.2f} s, {row['finished']} parts "
-                    f"finished, writing {', '.join(row['writing']) or 'nothing'}: {'same' if same else 'NOT the same'}",
-                    flush=True,
-                )
             shutil.rmtree(out)
     finally:
         shutil.rmtree(work)
     return rows
 
 
-def main() -> None:
-    """Kill, compare, and store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    rows = measure(options.kills, options.seed)
+@benchmark("stream-kills", "random kill -9 during a streamed prune: are the resumed results the same bytes?")
+def stream_kills(options: Options) -> Iterator[Measured]:
+    """Each kill, measured in a process of its own that has computed nothing yet (it forks).
+
+    Raises:
+        RuntimeError: a result differs.
+    """
+    kills = 4 if options.quick else 20
+    command = [sys.executable, "-m", "trisparse.bench.studies.stream_kills", str(kills)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    rows = json.loads(done.stdout.splitlines()[-1])
     same = sum(row["same"] for row in rows)
-    print(f"{same} of {len(rows)} results are the same")
-    content = {
-        "command": f"python -m trisparse.bench.stream_kills --kills {options.kills} --seed {options.seed}",
-        "blocks": _BLOCKS,
-        "kills": len(rows),
-        "same": same,
-        "rows": rows,
-        "environment": environment(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(content, indent=2) + "\n")
+    finished = sum(row["finished"] is not None for row in rows)
+    writing = sum(bool(row["writing"]) for row in rows)
+    metrics = {"same": same, "different": len(rows) - same, "after_a_finished_part": finished, "while_writing": writing}
+    yield Measured(f"{kills} kills", {"kills": kills, "blocks": _BLOCKS}, {"streamed": metrics})
     if same != len(rows):
-        raise SystemExit(1)
+        raise RuntimeError(f"{len(rows) - same} of {len(rows)} resumed results differ")
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(int(sys.argv[1]), seed=0)))

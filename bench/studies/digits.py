@@ -1,31 +1,26 @@
 """Image classifiers: what each group of parameters and each schedule brings back, on scikit-learn's digits.
 
-    python -m trisparse.bench.digits
-
-trains a ResNet of 20,346 parameters, prunes it by magnitude and retrains it for two epochs, with three seeds each, and
-writes bench/results/digits.json. It takes about a minute on one core, and needs scikit-learn (the extra ``test``).
+Trains a ResNet of 20,346 parameters, prunes it by magnitude and retrains it for two epochs, with three seeds each, in
+about a minute on one core. Needs scikit-learn (the extra ``test``).
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import statistics
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from trisparse.env import environment
+from trisparse.bench.registry import Measured, Options, benchmark
 from trisparse.retrain.groups import VISION_PRESETS
 from trisparse.retrain.schedule import ALLR, CLR, FT, LLR, LRW, SLR, Linear, Original, Schedule, pruning_change
 from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
 from trisparse.sparsity.sparsify import sparsify
 
-RESULTS = Path("bench/results/digits.json")
 EPOCHS, RETRAIN_EPOCHS = 8, 2
 ORIGINAL = Original.linear(0.1, EPOCHS)
 SPARSITIES = ("80%", "90%", "95%")
@@ -77,10 +72,10 @@ def schedules(change: float) -> dict[str, Schedule]:
     }
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure(seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """One row for each model, sparsity, group and schedule: test accuracy, and the share of parameters trained."""
     train, test = digits()
-    for seed in SEEDS:
+    for seed in seeds:
         dense = trained_resnet(train, seed)
         yield {"sparsity": "0%", "groups": "dense", "schedule": "", "seed": seed, "accuracy": accuracy(dense, test)}
         for sparsity in SPARSITIES:
@@ -98,29 +93,22 @@ def measure() -> Iterator[dict[str, Any]]:
                 yield {**row, "groups": groups, "schedule": name, **result}
 
 
-def as_table(rows: list[dict[str, Any]]) -> str:
-    """Mean test accuracy over the seeds, in per cent; one line for each group and schedule."""
-    lines = []
-    for key in dict.fromkeys((row["groups"], row["schedule"]) for row in rows):
-        chosen = [row for row in rows if (row["groups"], row["schedule"]) == key]
-        share = chosen[0].get("trainable_share")
-        cells = [f"{key[0]:15} {key[1]:5}", f"{share:8.2%}" if share is not None else " " * 8]
-        for sparsity in dict.fromkeys(row["sparsity"] for row in chosen):
-            mean = statistics.mean(row["accuracy"] for row in chosen if row["sparsity"] == sparsity)
-            cells.append(f"{mean:6.1%}")
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Measure, write and print."""
-    torch.set_num_threads(1)
-    rows = list(measure())
-    head = {"how": "python -m trisparse.bench.digits", "environment": environment()}
-    lines = ",\n ".join(json.dumps(row) for row in rows)
-    RESULTS.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n {lines}\n]}}\n')
-    print(as_table(rows))
-
-
-if __name__ == "__main__":
-    main()
+@benchmark("digits", "image classifiers: what each group of parameters and each schedule brings back, on digits")
+def digits_accuracy(options: Options) -> Iterator[Measured]:
+    """Mean test accuracy over the seeds; one row for each sparsity, group and schedule."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is too small for more
+    try:
+        rows = list(measure(SEEDS[:1] if options.quick else SEEDS))
+    finally:
+        torch.set_num_threads(threads)
+    for sparsity, groups, schedule in dict.fromkeys((row["sparsity"], row["groups"], row["schedule"]) for row in rows):
+        own = [row for row in rows if (row["sparsity"], row["groups"], row["schedule"]) == (sparsity, groups, schedule)]
+        metrics = {"accuracy": statistics.mean(row["accuracy"] for row in own)}
+        if "trainable_share" in own[0]:
+            metrics["trainable_share"] = own[0]["trainable_share"]
+        name = f"{groups} {schedule}".strip()
+        parameters = {"model": "ResNet, 20,346 parameters", "sparsity": float(sparsity.rstrip("%")) / 100,
+                      "groups": groups, "schedule": schedule, "seeds": len(own)}  # fmt: skip
+        if options.wants(f"{sparsity} {name}"):
+            yield Measured(f"{sparsity} {name}", parameters, {name: metrics})
