@@ -43,8 +43,34 @@ def dense(scale: Scale, model: str) -> Entry:
 
 def shown(table: str, model: str, entries: dict[Place, Entry], **options: Any) -> Layout:
     """The layout of ``entries``; of one of the paper's models only those that the paper has."""
-    models = published_paper("pruner-zero")["tables"][table]["models"]
+    models = published_paper("pruner-zero")["tables"].get(table, {"models": {}})["models"]
     if model in models:
         rows = models[model]["rows"]
         entries = {(row, column): one for (row, column), one in entries.items() if column in rows.get(row, ())}
     return Layout(entries, **options)
+
+
+def pruned(
+    table: str,
+    model: str,
+    scale: Scale,
+    entries: dict[Place, Entry],
+    *,
+    samples: str = "",
+    retrained: str = "not retrained",
+    notes: tuple[str, ...] = (),
+) -> Layout:
+    """A layout of perplexities after pruning, beside the dense one, with what was done in words.
+
+    Args:
+        samples: numbers of calibration windows, if not those of ``scale``.
+        retrained: what follows the pruning.
+    """
+    own = texts(scale, model, PRUNER_ZERO)
+    others = "" if own.calibration == scale.calibration else f" (others: {scale.calibration})"
+    tested = "all" if scale.test_windows is None else scale.test_windows
+    settings = (
+        f"{samples or scale.samples} calibration windows of {own.calibration}{others}, {tested} test windows of "
+        f"{scale.test}, each of {own.seq_len} tokens; pruned block by block, {retrained}"
+    )
+    return shown(table, model, entries, dense=dense(scale, model), settings=settings, notes=notes)

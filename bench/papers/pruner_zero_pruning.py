@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
 from trisparse.bench.papers import pruner_zero_models as models
 from trisparse.bench.papers.language import Retraining
-from trisparse.bench.papers.pruner_zero_models import METHODS, PATTERNS, PERPLEXITY, PRUNER_ZERO, cell, dense, shown
+from trisparse.bench.papers.pruner_zero_models import METHODS, PATTERNS, PERPLEXITY, PRUNER_ZERO, cell, pruned
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.table import Entry, Layout, Place, entry, paper_table
 
@@ -38,7 +38,7 @@ def by_method(
 )
 def table_2(model: str, scale: Scale) -> Layout:
     """Four methods at 50%, 4:8 and 2:4."""
-    return shown("table-2", model, by_method(model, scale, PATTERNS), dense=dense(scale, model))
+    return pruned("table-2", model, scale, by_method(model, scale, PATTERNS))
 
 
 @paper_table(
@@ -54,7 +54,7 @@ def table_4(model: str, scale: Scale) -> Layout:
     for update in ("sequential", "iterative"):
         one = cell(scale, model, PRUNER_ZERO, "50%", update=update)
         entries[f"Pruner-Zero, {update} update", "50%"] = entry(one)
-    return shown("table-4", model, entries, dense=dense(scale, model))
+    return pruned("table-4", model, scale, entries)
 
 
 @paper_table(
@@ -66,23 +66,23 @@ def table_4(model: str, scale: Scale) -> Layout:
 )
 def table_6(model: str, scale: Scale) -> Layout:
     """LoRA that is kept beside the pruned weights, on queries and values, of rank 8 as in Wanda's code."""
-    options: dict[str, int | float] = {"rank": 8, "alpha": 16.0}
-    if scale.name == "paper":  # Wanda's 30,000 windows at its rate; a grid has no place in one day on one GPU
-        options |= {"learning_rate": 1e-4, "grid_steps": 1, "steps": 3750, "batch_size": 1, "gradient_accumulation": 8}
+    options: dict[str, Any] = {"variant": "lora", "rank": 8, "alpha": 16.0, "targets": ("q_proj", "v_proj")}
+    if scale.name == "paper":  # Wanda's 30,000 windows at its rate; there is no time for a grid in half a day
+        options |= {"steps": 3750, "batch_size": 1, "gradient_accumulation": 8}
+        options |= {"learning_rate": 1e-4, "learning_rates": (), "grid_steps": 1}
     elif scale.name == "small":
         options |= {"steps": 48}
-    retraining = Retraining.of(scale, ("lora",), variant="lora", targets=("q_proj", "v_proj"), **options)
-    if scale.name == "paper":
-        retraining = replace(retraining, learning_rates=())
+    retraining = Retraining.of(scale, ("lora",), **options)
     entries: dict[Place, Entry] = {}
     for pattern in scale.choose(tiny=("2:4",), small=PATTERNS, paper=PATTERNS):
         entries["no fine-tuning", pattern] = entry(cell(scale, model, PRUNER_ZERO, pattern))
         entries["LoRA", pattern] = entry(cell(scale, model, PRUNER_ZERO, pattern, retraining))
-    notes = (
-        "The paper says only that LoRA ran for 12 hours on one GPU, on C4. Here: rank 8, α 16, on queries and values, "
-        f"as in Wanda's code, {retraining.steps} steps at {retraining.learning_rate:g}, adapters kept apart.",
+    retrained = (
+        f"LoRA of rank 8 and α 16 on queries and values, kept beside the weights, for {retraining.steps} steps at "
+        f"{retraining.learning_rate:g} on {scale.train}"
     )
-    return shown("table-6", model, entries, dense=dense(scale, model), notes=notes)
+    notes = ("Of its LoRA the paper says that it ran on C4, on one GPU, for 12 hours; rank and layers are Wanda's.",)
+    return pruned("table-6", model, scale, entries, retrained=retrained, notes=notes)
 
 
 @paper_table(
@@ -95,11 +95,11 @@ def table_6(model: str, scale: Scale) -> Layout:
 def table_13(model: str, scale: Scale) -> Layout:
     """Table 2 with GBLM-Pruner."""
     methods = {**METHODS, "GBLM-Pruner, l2": "gblm"}
-    return shown(
+    return pruned(
         "table-13",
         model,
+        scale,
         by_method(model, scale, ("50%", "2:4", "4:8"), methods),
-        dense=dense(scale, model),
         notes=("GBLM-Pruner, l1 is left out: G is the l2 norm of the gradient over the calibration sequences here.",),
     )
 
@@ -107,13 +107,13 @@ def table_13(model: str, scale: Scale) -> Layout:
 @paper_table("pruner-zero-table-22", "TinyLlama", models=(models.TINY_LLAMA,), metric=PERPLEXITY, plot="dots")
 def table_22(model: str, scale: Scale) -> Layout:
     """Table 2 of another model; the paper does not give its dense perplexity."""
-    return shown("table-22", model, by_method(model, scale, ("50%", "2:4", "4:8")), dense=dense(scale, model))
+    return pruned("table-22", model, scale, by_method(model, scale, ("50%", "2:4", "4:8")))
 
 
 @paper_table("pruner-zero-table-24", "60% sparsity", models=models.LLAMAS, metric=PERPLEXITY, plot="dots")
 def table_24(model: str, scale: Scale) -> Layout:
     """Table 2's methods at 60%."""
-    return shown("table-24", model, by_method(model, scale, ("60%",)), dense=dense(scale, model))
+    return pruned("table-24", model, scale, by_method(model, scale, ("60%",)))
 
 
 @paper_table(
@@ -132,13 +132,13 @@ def table_25(model: str, scale: Scale) -> Layout:
         entries |= {(pattern, f"seed {seed}"): entry(one) for seed, one in zip(seeds, cells, strict=True)}
         entries[pattern, "average"] = entry(*cells)
         entries[pattern, "deviation"] = entry(*cells, statistic="deviation")
-    return shown("table-25", model, entries, dense=dense(scale, model))
+    return pruned("table-25", model, scale, entries)
 
 
 @paper_table("pruner-zero-figure-3a", "perplexity by sparsity", models=(models.LLAMA2_7B,), metric=PERPLEXITY, log=True)
 def figure_3a(model: str, scale: Scale) -> Layout:
     """The left of Figure 3."""
-    return Layout(by_method(model, scale, SPARSITIES, CALIBRATED), dense=dense(scale, model))
+    return pruned("figure-3a", model, scale, by_method(model, scale, SPARSITIES, CALIBRATED))
 
 
 @paper_table(
@@ -156,4 +156,5 @@ def figure_3b(model: str, scale: Scale) -> Layout:
         for name, method in CALIBRATED.items()
         for count in counts
     }
-    return Layout(entries, notes=("Columns are numbers of calibration sequences.",))
+    notes = ("Columns are numbers of calibration windows.",)
+    return pruned("figure-3b", model, scale, entries, samples=f"{counts[0]} to {counts[-1]}", notes=notes)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from trisparse.bench.papers.cell import Cell, Session
 from trisparse.bench.papers.language import Pruning, Texts, dense_model, evaluate
-from trisparse.bench.papers.pruner_zero_models import LLAMA_7B, METHODS, PERPLEXITY, shown, texts
+from trisparse.bench.papers.pruner_zero_models import LLAMA_7B, METHODS, PERPLEXITY, pruned, texts
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.table import Entry, Layout, Place, entry, paper_table
 from trisparse.sparsity.batches import calibration_batches
@@ -85,4 +85,4 @@ def table_23(model: str, scale: Scale) -> Layout:
         entries |= {(name, "seconds"): entry(one, metric="seconds"), (name, PERPLEXITY): entry(one)}
     times = f"Seconds are the median of {repeats} runs" if repeats > 1 else "Seconds are of one run"
     notes = (f"{times}; the machine and the model are others than the paper's: what can be compared is the order.",)
-    return shown("table-23", model, entries, notes=notes)
+    return pruned("table-23", model, scale, entries, notes=notes)
