@@ -20,7 +20,15 @@ Check = Callable[[Any, Any], None]
 
 # Where the functions are: importing these registers them.
 _MODULES: tuple[str, ...] = (
+<<<<<<< HEAD
     "trisparse.bench.papers.registered",
+=======
+    "trisparse.bench.families.linear",
+    "trisparse.bench.families.prune",
+    "trisparse.bench.families.roofline",
+    "trisparse.bench.families.select",
+    "trisparse.bench.families.tokens",
+>>>>>>> main
     "trisparse.bench.studies.allocations",
     "trisparse.bench.studies.digits",
     "trisparse.bench.studies.masked_lora",
@@ -118,6 +126,12 @@ class Measured:
     seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
     baseline: str | None = None
     kind: Kind = "measurement"
+
+
+def equal(result: Any, expected: Any) -> None:
+    """The check of a case that has none of its own: both are the same tensor, bit by bit of a value."""
+    if not torch.equal(result, expected):
+        raise AssertionError("not equal to the reference")
 
 
 Run = Callable[[Options], Iterator[Case | Measured]]

@@ -17,7 +17,11 @@ from trisparse.bench.papers.cell import Cell, Session
 from trisparse.bench.papers.choice import choice_accuracy, choice_questions
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.smollm2 import load_smollm2
+<<<<<<< HEAD
 from trisparse.retrain.lora_layer import Variant
+=======
+from trisparse.retrain.loop_options import LEARNING_RATES
+>>>>>>> perp
 from trisparse.retrain.perp import PERPConfig, retrain
 from trisparse.retrain.precision import computing_dtype
 from trisparse.sparsity.calibration import Propagate
@@ -126,7 +130,6 @@ class Retraining:
 
     def config(self, seq_len: int) -> PERPConfig:
         """For ``retrain``."""
-        rates = {"learning_rates": self.learning_rates} if self.learning_rates else {}
         return PERPConfig(
             groups=self.groups,
             variant=self.variant,
@@ -135,6 +138,7 @@ class Retraining:
             alpha=self.alpha,
             targets=self.targets,
             learning_rate=self.learning_rate,
+            learning_rates=self.learning_rates or LEARNING_RATES,
             grid_steps=self.grid_steps,
             steps=self.steps,
             batch_size=self.batch_size,
@@ -142,7 +146,6 @@ class Retraining:
             seq_len=seq_len,
             gradient_checkpointing=self.gradient_checkpointing,
             seed=self.seed,
-            **rates,
         )
 
 

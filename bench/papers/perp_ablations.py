@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 from trisparse.bench.papers import perp_models as models
 from trisparse.bench.papers.language import Retraining
 from trisparse.bench.papers.perp_models import PERPLEXITY, TRAINABLE, cell, dense, groups_of, has_biases
 from trisparse.bench.papers.scale import Scale
-from trisparse.bench.papers.table import Layout, entry, paper_table
+from trisparse.bench.papers.table import Entry, Layout, Place, entry, paper_table
 from trisparse.retrain.groups import PRESETS
 
 GROUPS = PRESETS["perp"]
@@ -28,8 +29,9 @@ def table_13(model: str, scale: Scale) -> Layout:
     sparsities = scale.choose(tiny=("50%",), small=("50%",), paper=("50%", "70%"))
     seeds = scale.choose(tiny=(0,), small=(0,), paper=(0, 1, 2))
     # The paper's 0.41% of OPT-13B is LoRA of rank 32 on all of attention (or 64 on queries and values).
-    options = {"targets": ("self_attn.*",), "rank": 32} if model == models.OPT_13B else {}
-    entries = {}
+    large = {"targets": ("self_attn.*",), "rank": 32}
+    options: dict[str, Any] = large if model == models.OPT_13B else {"targets": models.lora_targets(model)}
+    entries: dict[Place, Entry] = {}
     for groups in COMBINATIONS:
         if groups != groups_of(model, groups):
             continue

@@ -15,11 +15,16 @@ from trisparse.bench.papers.table import Layout, entry, paper_table
 from trisparse.retrain.cycles import CyclesConfig, prune_cycles
 from trisparse.retrain.freezing import GradualFreezing
 
-# The rows, in order: unfreeze and reverse of the paper.
-ROWS: dict[str, tuple[Literal["freeze", "unfreeze"], Literal["input", "output"]]] = {
-    f"{mode} from the {start}": (mode, start)
-    for mode, start in (("unfreeze", "output"), ("freeze", "input"), ("unfreeze", "input"), ("freeze", "output"))
-}  # type: ignore[assignment]
+Freezing = tuple[Literal["freeze", "unfreeze"], Literal["input", "output"]]
+
+# In the order of the paper's rows, whose columns are "unfreeze" and "reverse".
+FREEZINGS: tuple[Freezing, ...] = (
+    ("unfreeze", "output"),
+    ("freeze", "input"),
+    ("unfreeze", "input"),
+    ("freeze", "output"),
+)
+ROWS = {f"{mode} from the {start}": (mode, start) for mode, start in FREEZINGS}
 TASK = "perplexity after the cycles minus that of full IMP (more is worse), of a language model"
 
 

@@ -35,13 +35,17 @@ def has_biases(model: str) -> bool:
         return bool(parameter_groups(AutoModelForCausalLM.from_config(config)).biases)
 
 
-def perp(scale: Scale, model: str, **options: Any) -> Retraining:
-    """PERP: everything but the weights themselves.
+def lora_targets(model: str) -> tuple[str, ...] | None:
+    """Layers that get a LoRA, None for every pruned one.
 
-    The paper's "% trainable" say where its LoRA is: on queries and values of OPT, on every pruned layer of the others.
+    The paper's "% trainable" say where it is: on queries and values of OPT, on every pruned layer of the others.
     """
-    targets = ("q_proj", "v_proj") if model.startswith("facebook/opt-") else None
-    return Retraining.of(scale, groups_of(model, PRESETS["perp"]), **{"targets": targets, **options})
+    return ("q_proj", "v_proj") if model.startswith("facebook/opt-") else None
+
+
+def perp(scale: Scale, model: str, **options: Any) -> Retraining:
+    """PERP: everything but the weights themselves."""
+    return Retraining.of(scale, groups_of(model, PRESETS["perp"]), **{"targets": lora_targets(model), **options})
 
 
 def groups_of(model: str, groups: Sequence[str]) -> tuple[str, ...]:
@@ -68,6 +72,12 @@ def shown(table: str, model: str, entries: dict[Place, Entry], **options: Any) -
         rows = models[model]["rows"]
         entries = {(row, column): one for (row, column), one in entries.items() if column in rows.get(row, ())}
     return Layout(entries, **options)
+
+
+def columns_of(table: str) -> set[str]:
+    """Columns that ``table`` has for any model."""
+    models = published_paper("perp")["tables"][table]["models"].values()
+    return {column for numbers in models for row in numbers["rows"].values() for column in row}
 
 
 def no_biases(model: str) -> tuple[str, ...]:

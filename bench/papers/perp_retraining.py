@@ -33,6 +33,7 @@ def retraining_table(table: str) -> Callable[[str, Scale], Layout]:
 
     def layout(model: str, scale: Scale) -> Layout:
         sparsities = scale.choose(tiny=("50%",), small=("50%", "70%"), paper=("30%", "40%", "50%", "60%", "70%"))
+        sparsities = tuple(sparsity for sparsity in sparsities if sparsity in models.columns_of(table))
         entries = {}
         for row, retraining in methods(scale, model).items():
             cells = {sparsity: cell(scale, model, "magnitude", sparsity, retraining) for sparsity in sparsities}

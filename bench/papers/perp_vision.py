@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from trisparse.bench.studies.digits import ORIGINAL as DIGITS_ORIGINAL
-from trisparse.bench.studies.digits import digits, trained_resnet
 from trisparse.bench.papers.cell import Cell, Session
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.table import Layout, entry, paper_table
+from trisparse.bench.studies.digits import ORIGINAL as DIGITS_ORIGINAL
+from trisparse.bench.studies.digits import digits, trained_resnet
 from trisparse.retrain.schedule import ALLR, Original, pruning_change
 from trisparse.retrain.vision import VisionConfig, accuracy, retrain_vision
 from trisparse.sparsity.sparsify import sparsify

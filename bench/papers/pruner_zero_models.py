@@ -41,7 +41,7 @@ def dense(scale: Scale, model: str) -> Entry:
     return entry(LanguageCell(model, texts(scale, model)))
 
 
-def shown(table: str, model: str, entries: dict[Place, Entry], **options: Any) -> Layout:
+def shown(table: str, model: str, entries: dict[Place, Entry], /, **options: Any) -> Layout:
     """The layout of ``entries``; of one of the paper's models only those that the paper has."""
     models = published_paper("pruner-zero")["tables"].get(table, {"models": {}})["models"]
     if model in models:

@@ -15,23 +15,27 @@ from trisparse.bench.registry import Measured, Options, Run, benchmark
 
 
 def measured(found: Comparison) -> Iterator[Measured]:
-    """A row for each number of a table, with the published one where it is of the same model and task."""
-    key = found.table.metric.split(",")[0].split()[-1]
-    for (row, column), value in found.ours.items():
+    """A row for each number of a table, with the published one where it is of the same model and task.
+
+    Shares and accuracies are in [0, 1], perplexities as they are.
+    """
+    same = found.published is not None and found.published.same_model and found.comparable
+    for place, one in found.layout.entries.items():
+        value, theirs = found.ours[place], found.theirs(place)
         if value is None:
             continue
-        metrics = {key: value}
-        theirs = found.theirs((row, column))
-        if theirs is not None and found.comparable and found.published is not None and found.published.same_model:
-            metrics["published"] = theirs
+        name = "accuracy" if one.metric.endswith("accuracy") else one.metric
+        metrics = {f"{name}_difference" if one.minus else name: value / one.factor}
+        if same and theirs is not None:
+            metrics["published"] = theirs / one.factor
         parameters: dict[str, Any] = {
             "table": found.table.name,
-            "row": row,
-            "column": column,
+            "row": place[0],
+            "column": place[1],
             "model": found.model,
             "scale": found.scale.name,
         }
-        yield Measured(f"{row}, {column}", parameters, {"ours": metrics})
+        yield Measured(", ".join(place), parameters, {"ours": metrics})
 
 
 def _run(table: PaperTable) -> Run:
@@ -44,7 +48,7 @@ def _run(table: PaperTable) -> Run:
             for found in run_tables([table], model, scale, store, session):
                 command = f"trisparse bench run papers/{table.name} --model {model} --scale {scale.name}"
                 write(found, folder, command, picture=False)
-                yield from (row for row in measured(found) if options.only in row.name)
+                yield from (row for row in measured(found) if options.wants(row.name))
 
     return run
 

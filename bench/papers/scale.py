@@ -113,4 +113,4 @@ def find_scale(name: str) -> Scale:
     """
     if name not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {name!r}")
-    return SCALES[name]  # type: ignore[index]
+    return SCALES[name]

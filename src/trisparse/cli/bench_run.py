@@ -43,10 +43,9 @@ def run(
     from dataclasses import asdict
 
     import torch
-    from rich.console import Console
 
     from trisparse.bench.registry import Options
-    from trisparse.bench.row_table import Progress, tables
+    from trisparse.bench.row_table import Progress, print_tables
     from trisparse.bench.runner import chosen
     from trisparse.bench.runner import run as run_benchmarks
 
@@ -66,8 +65,7 @@ def run(
         content = {"rows": [asdict(row) for row in outcome.rows], "errors": outcome.errors}
         print(json.dumps(content | {"files": list(map(str, outcome.files))}, indent=2))
     else:
-        for table in tables(outcome.rows):
-            Console().print(table)
+        print_tables(outcome.rows)
         for file in outcome.files:
             print(f"rows appended to {file}")
     if outcome.errors:
