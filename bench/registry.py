@@ -20,15 +20,12 @@ Check = Callable[[Any, Any], None]
 
 # Where the functions are: importing these registers them.
 _MODULES: tuple[str, ...] = (
-<<<<<<< HEAD
-    "trisparse.bench.papers.registered",
-=======
     "trisparse.bench.families.linear",
     "trisparse.bench.families.prune",
     "trisparse.bench.families.roofline",
     "trisparse.bench.families.select",
     "trisparse.bench.families.tokens",
->>>>>>> main
+    "trisparse.bench.papers.registered",
     "trisparse.bench.studies.allocations",
     "trisparse.bench.studies.digits",
     "trisparse.bench.studies.masked_lora",

@@ -17,11 +17,8 @@ from trisparse.bench.papers.cell import Cell, Session
 from trisparse.bench.papers.choice import choice_accuracy, choice_questions
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.smollm2 import load_smollm2
-<<<<<<< HEAD
-from trisparse.retrain.lora_layer import Variant
-=======
 from trisparse.retrain.loop_options import LEARNING_RATES
->>>>>>> perp
+from trisparse.retrain.lora_layer import Variant
 from trisparse.retrain.perp import PERPConfig, retrain
 from trisparse.retrain.precision import computing_dtype
 from trisparse.sparsity.calibration import Propagate

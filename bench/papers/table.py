@@ -59,40 +59,25 @@ class Entry:
     statistic: Statistic = "mean"
 
     def value(self, store: CellStore) -> float | None:
-<<<<<<< HEAD
         """The number, or None where a cell is not measured yet, or found it undefined (NaN)."""
-        own, subtracted = (
-            [store.metrics(cell).get(self.metric) for cell in cells] for cells in (self.cells, self.minus)
-        )
-        if None in own or None in subtracted:
+        own, subtracted = self._numbers(self.cells, store), self._numbers(self.minus, store)
+        if own is None or subtracted is None:
             return None
         if self.statistic == "deviation":
-            return self.factor * statistics.pstdev(own)  # type: ignore[type-var]
-        difference = statistics.mean(own) - (statistics.mean(subtracted) if subtracted else 0.0)  # type: ignore[type-var]
+            return self.factor * statistics.pstdev(own)
+        difference = statistics.mean(own) - (statistics.mean(subtracted) if subtracted else 0.0)
         return None if math.isnan(difference) else self.factor * difference
 
     def deviation(self, store: CellStore) -> float | None:
         """Standard deviation over the cells, where there are several and all are measured."""
-        own = [store.metrics(cell).get(self.metric) for cell in self.cells]
-        if self.statistic == "deviation":
-            return None
-        return None if None in own or len(own) < 2 else self.factor * statistics.stdev(own)  # type: ignore[type-var]
-=======
-        """The number, or None where a cell is not measured yet."""
-        own, subtracted = self._numbers(self.cells, store), self._numbers(self.minus, store)
-        if own is None or subtracted is None:
-            return None
-        return self.factor * (statistics.mean(own) - (statistics.mean(subtracted) if subtracted else 0.0))
-
-    def deviation(self, store: CellStore) -> float | None:
-        """Standard deviation over the cells, where there are several and all are measured."""
         own = self._numbers(self.cells, store)
-        return None if own is None or len(own) < 2 else self.factor * statistics.stdev(own)
+        if own is None or len(own) < 2 or self.statistic == "deviation":
+            return None
+        return self.factor * statistics.stdev(own)
 
     def _numbers(self, cells: tuple[Cell, ...], store: CellStore) -> list[float] | None:
         known = [number for cell in cells if (number := store.metrics(cell).get(self.metric)) is not None]
         return known if len(known) == len(cells) else None
->>>>>>> perp
 
 
 def entry(
