@@ -18,6 +18,7 @@ from trisparse.bench.papers.choice import choice_accuracy, choice_questions
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.smollm2 import load_smollm2
 from trisparse.retrain.loop_options import LEARNING_RATES
+from trisparse.retrain.lora_layer import Variant
 from trisparse.retrain.perp import PERPConfig, retrain
 from trisparse.retrain.precision import computing_dtype
 from trisparse.sparsity.calibration import Propagate
@@ -102,7 +103,7 @@ class Retraining:
     grid_steps: int = 20
     batch_size: int | None = None
     gradient_accumulation: int | None = None
-    variant: Literal["lora_prune", "mask_lora", "scale_lora"] = "mask_lora"
+    variant: Variant = "mask_lora"
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] | None = None
@@ -131,6 +132,7 @@ class Retraining:
         return PERPConfig(
             groups=self.groups,
             variant=self.variant,
+            merge=self.variant != "lora",  # which cannot be merged under a mask: it is measured beside the weights
             rank=self.rank,
             alpha=self.alpha,
             targets=self.targets,

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from trisparse.bench.papers.matrix_plot import draw_matrix
 from trisparse.bench.papers.run import Comparison
 from trisparse.bench.papers.table import Place
 
@@ -27,8 +28,14 @@ def draw(found: Comparison, file: Path) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("pictures need matplotlib: run `pip install 'trisparse[plot]'`") from error
 
-    share = {place for place, one in found.layout.entries.items() if one.metric == "trainable_share"}
-    columns = [column for column in found.columns if not any(place[1] == column for place in share)]
+    if found.table.plot == "matrix":
+        return draw_matrix(found, file)
+    aside = {  # columns that are no points of the curve
+        place[1]
+        for place, one in found.layout.entries.items()
+        if one.metric == "trainable_share" or one.statistic == "deviation"
+    }
+    columns = [column for column in found.columns if column not in aside]
     panels: list[tuple[str, dict[Place, float | None], float | None]] = [
         (f"ours: {found.model}, scale {found.scale.name}", found.ours, found.dense)
     ]

@@ -154,5 +154,5 @@ def _number(value: float | None, *, signed: bool = False) -> str:
     if value is None:
         return "–"
     sign = "+" if signed else ""
-    digits = 0 if abs(value) >= 1000 else 2
+    digits = 0 if abs(value) >= 1000 else 2 if abs(value) >= 0.1 or value == 0 else 3
     return f"{value:{sign},.{digits}f}"

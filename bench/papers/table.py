@@ -10,6 +10,7 @@ registers the table here and as the benchmark ``papers/perp-table-1``. The publi
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.store import CellStore
 
 Place = tuple[str, str]  # row, column
-Plot = Literal["lines", "dots"]
+Plot = Literal["lines", "dots", "matrix"]
+Statistic = Literal["mean", "deviation"]
 
 # Importing these registers their tables.
 _MODULES = (
@@ -32,6 +34,9 @@ _MODULES = (
     "trisparse.bench.papers.perp_freezing",
     "trisparse.bench.papers.perp_retraining",
     "trisparse.bench.papers.perp_vision",
+    "trisparse.bench.papers.pruner_zero_pruning",
+    "trisparse.bench.papers.pruner_zero_search",
+    "trisparse.bench.papers.pruner_zero_time",
 )
 
 
@@ -44,33 +49,46 @@ class Entry:
         metric: of the cells.
         minus: cells whose mean is subtracted, for a table of differences.
         factor: it is multiplied by, such as 100 for per cent.
+        statistic: "mean", or "deviation" for the standard deviation of the population over the cells instead.
     """
 
     cells: tuple[Cell, ...]
     metric: str = "perplexity"
     minus: tuple[Cell, ...] = ()
     factor: float = 1.0
+    statistic: Statistic = "mean"
 
     def value(self, store: CellStore) -> float | None:
-        """The number, or None where a cell is not measured yet."""
+        """The number, or None where a cell is not measured yet, or found it undefined (NaN)."""
         own, subtracted = self._numbers(self.cells, store), self._numbers(self.minus, store)
         if own is None or subtracted is None:
             return None
-        return self.factor * (statistics.mean(own) - (statistics.mean(subtracted) if subtracted else 0.0))
+        if self.statistic == "deviation":
+            return self.factor * statistics.pstdev(own)
+        difference = statistics.mean(own) - (statistics.mean(subtracted) if subtracted else 0.0)
+        return None if math.isnan(difference) else self.factor * difference
 
     def deviation(self, store: CellStore) -> float | None:
         """Standard deviation over the cells, where there are several and all are measured."""
         own = self._numbers(self.cells, store)
-        return None if own is None or len(own) < 2 else self.factor * statistics.stdev(own)
+        if own is None or len(own) < 2 or self.statistic == "deviation":
+            return None
+        return self.factor * statistics.stdev(own)
 
     def _numbers(self, cells: tuple[Cell, ...], store: CellStore) -> list[float] | None:
         known = [number for cell in cells if (number := store.metrics(cell).get(self.metric)) is not None]
         return known if len(known) == len(cells) else None
 
 
-def entry(*cells: Cell, metric: str = "perplexity", minus: tuple[Cell, ...] = (), factor: float = 1.0) -> Entry:
+def entry(
+    *cells: Cell,
+    metric: str = "perplexity",
+    minus: tuple[Cell, ...] = (),
+    factor: float = 1.0,
+    statistic: Statistic = "mean",
+) -> Entry:
     """An :class:`Entry` of ``cells``."""
-    return Entry(cells, metric, minus, factor)
+    return Entry(cells, metric, minus, factor, statistic)
 
 
 @dataclass(frozen=True)
@@ -147,7 +165,8 @@ class PaperTable:
         whose = model if model in self.models else self.models[0]
         numbers = found["models"][whose]
         values = {(row, column): value for row, of in numbers["rows"].items() for column, value in of.items()}
-        return Published(whose, whose == model, values, numbers.get("dense"))
+        same = whose == model or found.get("any_model", False)
+        return Published(whose, same, values, numbers.get("dense"))
 
 
 @dataclass(frozen=True)
@@ -225,6 +244,7 @@ def published_paper(paper: str) -> dict[str, Any]:
     return content
 
 
-def _number(name: str) -> tuple[str, str, int]:
+def _number(name: str) -> tuple[str, str, int, str]:
     paper, kind, number = name.rsplit("-", 2)
-    return paper, kind, int(number)
+    digits = number.rstrip("abc")  # the panels of a figure
+    return paper, kind, int(digits), number
