@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from trisparse.sparsity.report import SparsityReport
     from trisparse.sparsity.sparsify import sparsify
     from trisparse.sparsity.streaming.stream import stream_sparsify
+    from trisparse.sparsity.zero_shot import zero_shot
+    from trisparse.sparsity.zero_shot_report import ZeroShotReport
 
 __version__ = version("trisparse")
 
@@ -70,6 +72,7 @@ _HOME = {
     "Unstructured": "sparsity.pattern",
     "VisionConfig": "retrain.vision",
     "VisionReport": "retrain.vision_report",
+    "ZeroShotReport": "sparsity.zero_shot_report",
     "accuracy": "retrain.vision",
     "check_masks": "sparsity.mask",
     "compress": "sparsity.compression",
@@ -86,6 +89,7 @@ _HOME = {
     "sparse_lora_modules": "retrain.sparse_lora_config",
     "sparsify": "sparsity.sparsify",
     "stream_sparsify": "sparsity.streaming.stream",
+    "zero_shot": "sparsity.zero_shot",
 }
 
 __all__ = [
@@ -119,6 +123,7 @@ __all__ = [
     "Unstructured",
     "VisionConfig",
     "VisionReport",
+    "ZeroShotReport",
     "accuracy",
     "check_masks",
     "compress",
@@ -136,6 +141,7 @@ __all__ = [
     "sparse_lora_modules",
     "sparsify",
     "stream_sparsify",
+    "zero_shot",
 ]
 
 

@@ -12,7 +12,7 @@ from trisparse.cli.options import app
 
 __all__ = ["app", "main"]
 
-for _commands in ("prune", "retrain", "search", "bench"):  # in the order that --help shows them
+for _commands in ("prune", "evaluate", "retrain", "search", "bench"):  # in the order that --help shows them
     import_module(f"trisparse.cli.{_commands}")
 
 

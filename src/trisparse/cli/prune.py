@@ -1,4 +1,4 @@
-"""The commands prune, eval and inspect."""
+"""The commands prune and inspect."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trisparse.cli.options import AsJson, Data, Folder, Model, Out, Seed, SeqLen, app, load_model, locate_model, show
+from trisparse.cli.options import AsJson, Folder, Model, Out, Seed, SeqLen, app, load_model, locate_model, show
 
 
 @app.command()
@@ -117,27 +117,6 @@ def prune(
                 step |= {"dtype": dtype}
             save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, step])
     show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
-
-
-@app.command("eval")
-def evaluate(
-    model: Model,
-    data: Data,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the perplexity of a model."""
-    from trisparse.sparsity.perplexity import perplexity
-    from trisparse.sparsity.progress import counting_bar
-    from trisparse.sparsity.text import load_text
-
-    text = load_text(data, split="test")
-    loaded, tokenizer, _ = load_model(model)
-    with counting_bar("perplexity") as progress:
-        value = perplexity(loaded, text, tokenizer=tokenizer, seq_len=seq_len, max_tokens=max_tokens, progress=progress)
-    result = {"model": model, "data": data, "seq_len": seq_len, "max_tokens": max_tokens, "perplexity": value}
-    show(result, f"perplexity {value:.3f}", as_json)
 
 
 @app.command()
