@@ -141,7 +141,9 @@ def _lm_eval() -> tuple[Any, Any, Any]:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError(f"tasks are run by lm-eval, which is not there: pip install 'trisparse[eval]' ({error})") from error
+        raise ImportError(
+            f"tasks are run by lm-eval, which is not there: pip install 'trisparse[eval]' ({error})"
+        ) from error
 
     class InThisProcess(HFLM):  # type: ignore[misc]
         """lm-eval's wrapper of a loaded model, whose progress bars can be switched off."""

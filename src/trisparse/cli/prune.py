@@ -23,6 +23,9 @@ def prune(
     data: Annotated[str | None, typer.Option(help="Calibration data; see 'trisparse eval --help'.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: SeqLen = None,
+    sampling: Annotated[
+        str, typer.Option(help="windows of the joined text, or documents: a place in random long rows, as Wanda on C4.")
+    ] = "windows",
     include: Annotated[list[str] | None, typer.Option(help="Weights to prune (shell pattern; repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Weights to leave out (shell pattern; repeatable).")] = None,
     propagate: Annotated[str, typer.Option(help="block, dense or linear.")] = "block",
@@ -71,6 +74,7 @@ def prune(
             "samples": samples,
             "seq_len": seq_len,
             "seed": seed,
+            "sampling": sampling,
             "propagate": propagate,
             "gradients": gradients,
             "allocation": allocation,
@@ -113,6 +117,8 @@ def prune(
             step = {"step": "prune", "data": data, "seed": seed, **{key: content[key] for key in done}}
             if report.update is not None:
                 step |= {"damping": damping}
+            if data is not None and sampling != "windows":
+                step |= {"sampling": sampling}
             if dtype != "auto":
                 step |= {"dtype": dtype}
             save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, step])
