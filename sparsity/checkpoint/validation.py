@@ -34,7 +34,9 @@ def check_tensors(target: Target, tensors: Mapping[str, Tensor]) -> Tensor | Non
         tensor = tensors[part]
         right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
         if not right or tuple(tensor.shape) != shape:
-            raise TargetError(f"{part} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype or 'floating point'} {shape}")
+            raise TargetError(
+                f"{part} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype or 'floating point'} {shape}"
+            )
     tiles = None
     if target.format == "2:4":
         packed = packed_of_meta(tensors["meta"].cpu())

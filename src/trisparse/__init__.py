@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from trisparse.retrain.peft_registration import register_with_peft
 from trisparse.sparsity.checkpoint.registration import register_on_import
 
 if TYPE_CHECKING:
@@ -158,3 +159,4 @@ def __getattr__(name: str) -> Any:
 
 
 register_on_import()  # from_pretrained opens checkpoints of ours from now on
+register_with_peft()  # and PeftModel.from_pretrained their adapters

@@ -73,7 +73,10 @@ def test_a_loaded_checkpoint_generates_the_same(model_named: Any, name: str, tmp
     dense, compressed = pair(model_named(name).to(torch.bfloat16))
     save(compressed, tmp_path / "c")
     wanted = dense.generate(**prompts())
-    for loaded in (load(tmp_path / "c", form="compressed"), AutoModelForCausalLM.from_pretrained(tmp_path / "c", dtype="auto")):
+    for loaded in (
+        load(tmp_path / "c", form="compressed"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "c", dtype="auto"),
+    ):
         assert any(isinstance(module, SparseLinear) for module in loaded.modules())
         assert torch.equal(loaded.generate(**prompts()), wanted)
 
@@ -113,8 +116,6 @@ def test_smollm2_generates_the_tokens_of_the_dense_model() -> None:
 
     model, tokenizer = load_smollm2()
     dense, compressed = pair(model.to(torch.bfloat16), "50%")
-    asked = tokenizer(
-        ["In Python, a list is", "The"], return_tensors="pt", padding=True, padding_side="left"
-    )
+    asked = tokenizer(["In Python, a list is", "The"], return_tensors="pt", padding=True, padding_side="left")
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     assert torch.equal(compressed.generate(**asked, **options), dense.generate(**asked, **options))
