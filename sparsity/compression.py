@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trisparse.sparsity.backends import Plan, Prefer
+from trisparse.sparsity.checkpoint.quantizer import mark_compressed, unmark_compressed
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import Mask, check_masks, masks
@@ -125,7 +126,7 @@ def compress(
 
     Which code runs a layer on a GPU follows from times that were measured there (``tune=True`` here, or
     ``trisparse bench tune``), else from `default_plan`. On the CPU nothing is faster than dense: layers are held
-    compressed and computed with densely, a tile at a time, which saves memory and takes longer.
+    compressed, and a layer is dense while it is multiplied, which saves memory, takes longer and gives the same bits.
 
     Args:
         model: with masks, from ``sparsify`` or ``load``.
@@ -188,10 +189,12 @@ def compress(
         else:
             stored = layer.get_parameter(param)
             rows.append(_row(name, mask, stored, stored.nbytes, times, Plan("rows", ((None, "dense"),)), reason))
+    if any(not row.note for row in rows):
+        mark_compressed(model)
     device = next(itertools.chain(model.buffers(), model.parameters())).device
     note = ""
     if device.type != "cuda" and any(not row.note for row in rows):
-        note = f"on {device.type} the product stays dense, a tile at a time: less memory, not less time"
+        note = f"on {device.type} a layer is dense while it is multiplied: less memory, not less time"
     return CompressionReport(str(device), rows, note)
 
 
@@ -201,6 +204,7 @@ def decompress(model: nn.Module) -> int:
     for name, layer in found:
         with interrupt_after():
             _replace(model, name, layer.to_dense())
+    unmark_compressed(model)
     return len(found)
 
 

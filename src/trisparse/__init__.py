@@ -11,6 +11,9 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from trisparse.retrain.peft_registration import register_with_peft
+from trisparse.sparsity.checkpoint.registration import register_on_import
+
 if TYPE_CHECKING:
     from trisparse.retrain.cycles import CyclesConfig, LayerCollapseError, prune_cycles
     from trisparse.retrain.cycles_report import CyclesReport
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from trisparse.retrain.vision_report import VisionReport
     from trisparse.sparsity.allocation import ERK, LAMP, OWL, PerLayer, UniformPlus
     from trisparse.sparsity.capture import BlocksNotChainedError
-    from trisparse.sparsity.checkpoint import CheckpointError, load, save
+    from trisparse.sparsity.checkpoint import CheckpointError, TrisparseConfig, load, save
     from trisparse.sparsity.compression import CompressionReport, compress, decompress
     from trisparse.sparsity.linear import SparseLinear
     from trisparse.sparsity.mask import Mask, MaskError, check_masks, masks
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from trisparse.sparsity.report import SparsityReport
     from trisparse.sparsity.sparsify import sparsify
     from trisparse.sparsity.streaming.stream import stream_sparsify
+    from trisparse.sparsity.zero_shot import zero_shot
+    from trisparse.sparsity.zero_shot_report import ZeroShotReport
 
 __version__ = version("trisparse")
 
@@ -66,10 +71,12 @@ _HOME = {
     "SparseLinear": "sparsity.linear",
     "SparseLoraConfig": "retrain.sparse_lora_config",
     "SparsityReport": "sparsity.report",
+    "TrisparseConfig": "sparsity.checkpoint",
     "UniformPlus": "sparsity.allocation",
     "Unstructured": "sparsity.pattern",
     "VisionConfig": "retrain.vision",
     "VisionReport": "retrain.vision_report",
+    "ZeroShotReport": "sparsity.zero_shot_report",
     "accuracy": "retrain.vision",
     "check_masks": "sparsity.mask",
     "compress": "sparsity.compression",
@@ -86,6 +93,7 @@ _HOME = {
     "sparse_lora_modules": "retrain.sparse_lora_config",
     "sparsify": "sparsity.sparsify",
     "stream_sparsify": "sparsity.streaming.stream",
+    "zero_shot": "sparsity.zero_shot",
 }
 
 __all__ = [
@@ -115,10 +123,12 @@ __all__ = [
     "SparseLinear",
     "SparseLoraConfig",
     "SparsityReport",
+    "TrisparseConfig",
     "UniformPlus",
     "Unstructured",
     "VisionConfig",
     "VisionReport",
+    "ZeroShotReport",
     "accuracy",
     "check_masks",
     "compress",
@@ -136,6 +146,7 @@ __all__ = [
     "sparse_lora_modules",
     "sparsify",
     "stream_sparsify",
+    "zero_shot",
 ]
 
 
@@ -145,3 +156,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"trisparse.{_HOME[name]}"), name)
     raise AttributeError(f"module 'trisparse' has no attribute {name!r}")
+
+
+register_on_import()  # from_pretrained opens checkpoints of ours from now on
+register_with_peft()  # and PeftModel.from_pretrained their adapters

@@ -13,7 +13,7 @@ from trisparse.cli.options import app
 __all__ = ["app", "main"]
 
 # in the order that --help shows them
-for _commands in ("prune", "retrain", "search", "bench", "bench_run", "bench_papers", "bench_report"):
+for _commands in ("prune", "evaluate", "retrain", "search", "bench", "bench_run", "bench_papers", "bench_report"):
     import_module(f"trisparse.cli.{_commands}")
 
 
