@@ -10,8 +10,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -70,8 +73,41 @@ def empty_model(model_class: type[PreTrainedModel], config: Any, folder: Path) -
     return model
 
 
+def filled_model(
+    model_class: type[PreTrainedModel],
+    config: Any,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype | str,
+    folder: Path,
+) -> PreTrainedModel:
+    """The model of ``config`` with ``weights``, named and laid out as in a checkpoint.
+
+    Raises:
+        CheckpointError: they do not fit, found before anything is allocated.
+    """
+    stored = sum(weight.numel() for weight in weights.values())
+    empty = empty_model(model_class, config, folder)
+    if (wanted := sum(weight.numel() for weight in empty.parameters())) > stored:
+        raise CheckpointError(f"{folder} has {stored:,} weights, and a model of its config.json has {wanted:,}")
+    try:
+        with quiet_transformers():
+            made: Any = model_class.from_pretrained(
+                None, config=deepcopy(config), state_dict=weights, dtype=dtype, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"the weights in {folder} do not fit {model_class.__name__}: {error}") from error
+    model: PreTrainedModel = made[0]
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := made[1].get(what):
+            listed = ", ".join(sorted(map(str, keys))[:3])
+            raise CheckpointError(
+                f"the weights in {folder} do not fit {model_class.__name__}: {what.replace('_', ' ')} {listed}"
+            )
+    return model
+
+
 def _check_counts(config: Any, tensors: int, file: Path) -> None:
-    """Refuse a config with more layers than there are tensors: each of them takes time and memory, also without weights.
+    """Refuse a config with more layers than there are tensors: each takes time and memory, also without weights.
 
     Experts may be stacked into one tensor, and labels are no tensors: of these, as many as a real model has.
     """

@@ -18,23 +18,19 @@ hold four tensors in place of ``NAME.weight``, or ``NAME.weight.*`` in those of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from trisparse.sparsity.checkpoint import CheckpointError
-from trisparse.sparsity.foreign.architecture import architecture, empty_model
+from trisparse.sparsity.foreign.architecture import architecture, filled_model
 from trisparse.sparsity.foreign.recover import nm_pattern, zero_pattern
 from trisparse.sparsity.foreign.tensor_files import TensorFiles, read_json, tensor_places
 from trisparse.sparsity.mask import Mask, attach, to_matrix
 from trisparse.sparsity.pattern import Pattern, Unstructured
-from trisparse.sparsity.progress import quiet_transformers
 from trisparse.sparsity.targets import Target, find_targets
 
 TWO_FOUR, BITMASK = "sparse-24-bitmask", "sparse-bitmask"
@@ -94,7 +90,7 @@ def load_compressed_tensors(folder: str | Path, *, dtype: torch.dtype | None = N
             else:
                 weights[name] = files.read(name)
     model_class, config = architecture(folder, len(weights))
-    model = _filled(model_class, config, weights, dtype or "auto", folder)
+    model = filled_model(model_class, config, weights, dtype or "auto", folder)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         read_json(folder / "generation_config.json")
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -105,12 +101,13 @@ def load_compressed_tensors(folder: str | Path, *, dtype: torch.dtype | None = N
         everything = {
             name: bits.get(name, torch.ones(weight.shape)).to(torch.bfloat16) for name, weight in weights.items()
         }
-        kept = _filled(model_class, config, everything, torch.bfloat16, folder)
+        kept = filled_model(model_class, config, everything, torch.bfloat16, folder)
         bits = {name: kept.get_parameter(name) != 0 for name in targets}
     for name, target in targets.items():
         if name in bits and (mask := _mask(target, bits[name], named)) is not None:
             attach(target.module, target.param, mask, zero=False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def grouped(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -191,34 +188,6 @@ def decompressed(files: TensorFiles, weight: str, parts: Mapping[str, str], name
     dense = values.new_zeros(shape)
     dense[keep] = values.reshape(-1)
     return dense, keep
-
-
-def _filled(
-    model_class: type[PreTrainedModel],
-    config: Any,
-    weights: dict[str, Tensor],
-    dtype: torch.dtype | str,
-    folder: Path,
-) -> PreTrainedModel:
-    model: PreTrainedModel
-    stored = sum(weight.numel() for weight in weights.values())
-    empty = empty_model(model_class, config, folder)
-    if (wanted := sum(weight.numel() for weight in empty.parameters())) > stored:
-        raise CheckpointError(f"{folder} has {stored:,} weights, and a model of its config.json has {wanted:,}")
-    try:
-        with quiet_transformers():
-            model, loading = model_class.from_pretrained(
-                None, config=deepcopy(config), state_dict=weights, dtype=dtype, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the weights in {folder} do not fit {model_class.__name__}: {error}") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := loading.get(what):
-            listed = ", ".join(sorted(map(str, keys))[:3])
-            raise CheckpointError(
-                f"the weights in {folder} do not fit {model_class.__name__}: {what.replace('_', ' ')} {listed}"
-            )
-    return model
 
 
 def _mask(target: Target, keep: Tensor, named: str) -> Mask | None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trisparse.sparsity.checkpoint import CheckpointError
 from trisparse.sparsity.foreign.architecture import architecture, empty_model
-from trisparse.sparsity.foreign.compressed_tensors import decompressed, grouped, sparse_format
+from trisparse.sparsity.foreign.compressed_tensors import TWO_FOUR, decompressed, grouped, sparse_format
 from trisparse.sparsity.foreign.recover import MIN_SPARSITY, RecoveredWeight, check_min_sparsity, zero_pattern
 from trisparse.sparsity.foreign.tensor_files import TensorFiles, tensor_places
 from trisparse.sparsity.report import as_text
@@ -38,22 +38,28 @@ def survey(folder: str | Path, *, min_sparsity: float = MIN_SPARSITY) -> list[Re
     rows = []
     with TensorFiles(places) as files:
         for name, parts in (grouped(files) if named else dict.fromkeys(files)).items():
-            weight = decompressed(files, name, parts, named)[0] if parts and named else files.read(name)
+            if parts and named:
+                weight, bits = decompressed(files, name, parts, named)
+                alive = bits if named == TWO_FOUR else weight != 0
+            else:
+                weight = files.read(name)
+                alive = weight != 0
             if weight.dim() >= 2 and weight.is_floating_point() and weight.numel():
-                rows.append(_row(name, weight, _is_one_of(name, turned), min_sparsity))
+                rows.append(_row(name, alive, _is_one_of(name, turned), min_sparsity))
     return rows
 
 
-def _row(name: str, weight: Tensor, transposed: bool, min_sparsity: float) -> RecoveredWeight:
-    if weight.dim() == 3:  # stacked experts, whose layout the file does not tell
-        matrix = weight.reshape(-1, weight.shape[-1])
+def _row(name: str, alive: Tensor, transposed: bool, min_sparsity: float) -> RecoveredWeight:
+    shape = tuple(alive.shape)
+    if alive.dim() == 3:  # stacked experts, whose layout the file does not tell
+        alive = alive.reshape(-1, shape[-1])
     else:
-        matrix = (weight.T if transposed else weight).reshape(weight.shape[-1 if transposed else 0], -1)
-    alive = (matrix != 0).contiguous()
+        alive = (alive.T if transposed else alive).reshape(shape[-1 if transposed else 0], -1)
+    alive = alive.contiguous()
     pattern, keep, note = zero_pattern(alive, min_sparsity)
     zeros = alive.numel() - int(alive.count_nonzero())
     kept = alive.numel() if pattern is None else int(keep.count_nonzero())
-    return RecoveredWeight(name, tuple(weight.shape), None if pattern is None else str(pattern), kept, zeros, note)
+    return RecoveredWeight(name, shape, None if pattern is None else str(pattern), kept, zeros, note)
 
 
 def _conv1d_weights(folder: Path, tensors: int) -> Collection[str]:

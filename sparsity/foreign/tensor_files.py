@@ -18,8 +18,6 @@ from torch import Tensor
 
 from trisparse.sparsity.checkpoint import CheckpointError
 
-ONE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _JSON_BYTES = 1 << 26  # the index of a model with 10^5 tensors takes a tenth of this
 
 
@@ -49,26 +47,32 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def tensor_places(folder: Path) -> dict[str, Path]:
-    """The file of every tensor of ``folder``, by its name there.
+def index_of(folder: Path, stem: str) -> Path:
+    """The index of the files of ``folder`` whose names begin with ``stem``."""
+    return folder / f"{stem}.safetensors.index.json"
+
+
+def tensor_places(folder: Path, stem: str = "model") -> dict[str, Path]:
+    """The file of every tensor of ``folder``, by its name there: of ``stem.safetensors``, or as its index says.
 
     Raises:
         CheckpointError: there are no safetensors, or the index is damaged or names files outside of the folder.
     """
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
+    one, index = folder / f"{stem}.safetensors", index_of(folder, stem)
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX} is damaged: it has no weight_map")
+            raise CheckpointError(f"{index} is damaged: it has no weight_map")
         for file in set(map(str, weight_map.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{folder / INDEX} is damaged: {file!r} is no file of safetensors in the folder")
+                raise CheckpointError(f"{index} is damaged: {file!r} is no file of safetensors in the folder")
             if not (folder / file).is_file():
-                raise CheckpointError(f"{folder} lacks {file}, which {INDEX} names")
+                raise CheckpointError(f"{folder} lacks {file}, which {index.name} names")
         return {name: folder / str(file) for name, file in weight_map.items()}
-    if not (folder / ONE_FILE).is_file():
-        raise CheckpointError(f"{folder} holds no {ONE_FILE} and no {INDEX}: only safetensors are read")
-    with TensorFiles({"": folder / ONE_FILE}) as files:
-        return dict.fromkeys(files.names_in(folder / ONE_FILE), folder / ONE_FILE)
+    if not one.is_file():
+        raise CheckpointError(f"{folder} holds no {one.name} and no {index.name}: only safetensors are read")
+    with TensorFiles({}) as files:
+        return dict.fromkeys(files.names_in(one), one)
 
 
 class TensorFiles:
