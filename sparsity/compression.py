@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trisparse.sparsity.backends import Plan, Prefer
+from trisparse.sparsity.checkpoint.quantizer import mark_compressed, unmark_compressed
 from trisparse.sparsity.interrupt import interrupt_after
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import Mask, check_masks, masks
@@ -188,6 +189,8 @@ def compress(
         else:
             stored = layer.get_parameter(param)
             rows.append(_row(name, mask, stored, stored.nbytes, times, Plan("rows", ((None, "dense"),)), reason))
+    if any(not row.note for row in rows):
+        mark_compressed(model)
     device = next(itertools.chain(model.buffers(), model.parameters())).device
     note = ""
     if device.type != "cuda" and any(not row.note for row in rows):
@@ -201,6 +204,7 @@ def decompress(model: nn.Module) -> int:
     for name, layer in found:
         with interrupt_after():
             _replace(model, name, layer.to_dense())
+    unmark_compressed(model)
     return len(found)
 
 

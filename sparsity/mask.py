@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,9 +88,7 @@ class Mask:
     @property
     def sha256(self) -> str:
         """Hash of the shape, the layout and the bits."""
-        digest = hashlib.sha256(f"{tuple(self.shape)} {self.cols} {self.transposed}\n".encode())
-        digest.update(self.bits.numpy().tobytes())
-        return digest.hexdigest()
+        return bits_sha256(self.bits, tuple(self.shape), self.cols, self.transposed)
 
 
 def to_matrix(param: Tensor, cols: int, *, transposed: bool = False) -> Tensor:
@@ -154,6 +153,13 @@ def masks(model: nn.Module) -> dict[str, Mask]:
 def masks_sha256(model: nn.Module) -> str:
     """One hash over the names and bits of all masks of ``model``."""
     return combined_sha256({name: mask.sha256 for name, mask in masks(model).items()})
+
+
+def bits_sha256(bits: Tensor, shape: tuple[int, ...], cols: int, transposed: bool) -> str:
+    """The hash of a mask with these ``bits`` (see :class:`Mask`)."""
+    digest = hashlib.sha256(f"{shape} {cols} {transposed}\n".encode())
+    digest.update(np.ascontiguousarray(bits.numpy()))
+    return digest.hexdigest()
 
 
 def combined_sha256(hashes: Mapping[str, str]) -> str:

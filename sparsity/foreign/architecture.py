@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from trisparse.sparsity.checkpoint import CheckpointError
-from trisparse.sparsity.foreign.tensor_files import read_json
+from trisparse.sparsity.foreign.tensor_files import read_config
 from trisparse.sparsity.progress import quiet_transformers
 
 _LAYERS = re.compile(r"^(num|n|encoder|decoder)_.*(layers?|blocks)$|^depths?$")
@@ -38,7 +38,7 @@ def architecture(folder: Path, tensors: int) -> tuple[type[PreTrainedModel], Any
         CheckpointError: it is damaged, or transformers has no such architecture.
     """
     file = folder / "config.json"
-    _check_counts(read_json(file), tensors, file)
+    _check_counts(read_config(folder), tensors, file)
     try:
         # False, for what is not given is asked of the user, who may wait for a prompt that nobody sees.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

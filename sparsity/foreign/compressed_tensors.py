@@ -26,9 +26,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from trisparse.sparsity.checkpoint import CheckpointError
+from trisparse.sparsity.checkpoint.files import CONFIG_FILE, read_json
 from trisparse.sparsity.foreign.architecture import architecture, filled_model
 from trisparse.sparsity.foreign.recover import nm_pattern, zero_pattern
-from trisparse.sparsity.foreign.tensor_files import TensorFiles, read_json, tensor_places
+from trisparse.sparsity.foreign.tensor_files import TensorFiles, read_config
 from trisparse.sparsity.mask import Mask, attach, to_matrix
 from trisparse.sparsity.pattern import Pattern, Unstructured
 from trisparse.sparsity.targets import Target, find_targets
@@ -44,10 +45,10 @@ def sparse_format(folder: str | Path) -> str | None:
     Raises:
         CheckpointError: the weights are quantized, or the format is unknown, or ``config.json`` is damaged.
     """
-    file = Path(folder) / "config.json"
-    if not file.is_file():
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
         return None
-    content = read_json(file)
+    content = read_config(folder)
     stored = content.get("quantization_config", content.get("compression_config"))
     if not isinstance(stored, dict) or not isinstance(sparsity := stored.get("sparsity_config"), dict):
         return None
@@ -83,7 +84,7 @@ def load_compressed_tensors(folder: str | Path, *, dtype: torch.dtype | None = N
         )
     weights: dict[str, Tensor] = {}
     bits: dict[str, Tensor] = {}
-    with TensorFiles(tensor_places(folder)) as files:
+    with TensorFiles(folder) as files:
         for name, parts in grouped(files).items():
             if parts:
                 weights[name], bits[name] = decompressed(files, name, parts, named)
@@ -154,7 +155,7 @@ def decompressed(files: TensorFiles, weight: str, parts: Mapping[str, str], name
 
     def check(holds: bool, part: str, what: str) -> None:
         if not holds:
-            raise CheckpointError(f"{files.places[parts[part]]} is damaged: {parts[part]} of {weight} {what}")
+            raise CheckpointError(f"{files.stored[parts[part]].file} is damaged: {parts[part]} of {weight} {what}")
 
     check(
         sizes.dtype in (torch.int32, torch.int64) and sizes.dim() in (1, 2) and 1 <= sizes.numel() <= 8

@@ -13,19 +13,18 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from trisparse.sparsity.checkpoint import (
     ADAPTERS_FILE,
-    INFO_FILE,
     CheckpointError,
     check_output,
+    is_checkpoint,
     load,
     read_info,
     replaced_folder,
     save,
 )
-from trisparse.sparsity.compression import decompress
 from trisparse.sparsity.foreign.architecture import architecture, filled_model
 from trisparse.sparsity.foreign.compressed_tensors import load_compressed_tensors, sparse_format
 from trisparse.sparsity.foreign.recover import recover_masks
-from trisparse.sparsity.foreign.tensor_files import TensorFiles, tensor_places
+from trisparse.sparsity.foreign.tensor_files import TensorFiles
 from trisparse.sparsity.mask import check_masks
 from trisparse.sparsity.progress import quiet_transformers
 
@@ -63,9 +62,8 @@ def load_any(
         ValueError: masks are to be recovered where there are some, or no weight has enough zeros.
     """
     folder = Path(folder)
-    if (folder / INFO_FILE).is_file():
+    if is_checkpoint(folder):
         model: PreTrainedModel = load(folder, dtype=dtype)
-        decompress(model)
         recipe = list(read_info(folder)["recipe"])
     elif (folder / ADAPTERS_FILE).is_file():
         raise CheckpointError(f"{folder} holds adapters and not a whole model: retrain with --merge, and export that")
@@ -84,7 +82,7 @@ def load_dense(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     Raises:
         CheckpointError: the folder is damaged, or transformers has no such architecture.
     """
-    with TensorFiles(tensor_places(folder)) as files:
+    with TensorFiles(folder) as files:
         weights = {name: files.read(name) for name in files}
     model = filled_model(*architecture(folder, len(weights)), weights, dtype or "auto", folder)
     model.eval()

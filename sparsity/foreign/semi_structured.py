@@ -27,12 +27,14 @@ from torch.sparse._semi_structured_conversions import (
 from transformers import PreTrainedModel
 
 from trisparse.sparsity.checkpoint import CheckpointError, check_output, replaced_folder
+from trisparse.sparsity.checkpoint.files import INDEX_FILE, read_json
+from trisparse.sparsity.checkpoint.headers import weight_files
 from trisparse.sparsity.foreign.architecture import architecture, filled_model
 from trisparse.sparsity.foreign.export import copy_alongside, save_dense
-from trisparse.sparsity.foreign.tensor_files import TensorFiles, index_of, tensor_places
+from trisparse.sparsity.foreign.tensor_files import TensorFiles
 from trisparse.sparsity.mask import Mask, check_masks, masks
 
-STEM = "semi_structured"  # not model.safetensors, which from_pretrained would fill with random weights for these
+_INFO = "semi_structured.json"
 _ROWS, _COLS = 32, 64  # torch's multiples for fp16 and bf16 (_DTYPE_SHAPE_CONSTRAINTS of the CUTLASS class)
 _DTYPES = (torch.float16, torch.bfloat16)
 
@@ -65,21 +67,17 @@ def save_semi_structured(
         save_dense(model, unfinished)
         if source is not None:
             copy_alongside(Path(source), unfinished)
-        places = tensor_places(unfinished)
-        weight_map: dict[str, str] = {}
-        with TensorFiles(places) as files:
-            for number, file in enumerate(sorted(set(places.values()))):
+        shards = weight_files(unfinished)
+        with TensorFiles(unfinished) as files:
+            for number, file in enumerate(shards):
                 shard: dict[str, Tensor] = {}
-                for name in files.names_in(file):
+                for name in (name for name in files if files.stored[name].file == file):
                     shard |= _packed(name, files.read(name)) if name in packed else {name: files.read(name)}
-                written = f"{STEM}-{number + 1:05d}.safetensors"
-                save_file(shard, unfinished / written, metadata={"format": "pt"})
-                weight_map |= dict.fromkeys(shard, written)
-        for file in set(places.values()):
-            file.unlink()
-        index_of(unfinished, "model").unlink(missing_ok=True)
-        index = {"metadata": {"layout": "cutlass", "torch": torch.__version__}, "weight_map": weight_map}
-        index_of(unfinished, STEM).write_text(json.dumps(index, indent=2) + "\n")
+                save_file(shard, unfinished / _shard(number), metadata={"format": "pt"})
+        for file in (*shards, unfinished / INDEX_FILE):
+            file.unlink(missing_ok=True)
+        info = {"layout": "cutlass", "torch": torch.__version__, "shards": len(shards), "packed": sorted(packed)}
+        (unfinished / _INFO).write_text(json.dumps(info, indent=2) + "\n")
     return dense
 
 
@@ -100,17 +98,26 @@ def load_semi_structured(folder: str | Path, device: torch.device | str | None =
     """
     folder = Path(folder)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    places = tensor_places(folder, STEM)
+    try:
+        info = read_json(folder / _INFO)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no semi-structured weights: it has no {_INFO}") from None
+    shards, names = info.get("shards"), info.get("packed")
+    if not isinstance(names, list) or type(shards) is not int or not 1 <= shards <= 10_000:
+        raise CheckpointError(
+            f"{folder / _INFO} is damaged: it lacks the number of shards or the packed weights"
+        )
     weights: dict[str, Tensor] = {}
     packed: dict[str, tuple[Tensor, Tensor]] = {}
-    with TensorFiles(places) as files:
-        for name in files:
-            base = name.removesuffix(".packed")
-            if base != name:
-                packed[base] = (files.read(name), _meta(files, base))
-                weights[base] = _unpacked(files.places[name], base, *packed[base])
-            elif not (name.endswith(".meta") and f"{name.removesuffix('.meta')}.packed" in places):
-                weights[name] = files.read(name)
+    with TensorFiles(folder, [folder / _shard(number) for number in range(shards)]) as files:
+        for name in map(str, names):
+            parts = [f"{name}.packed", f"{name}.meta"]
+            if name in files or not all(part in files for part in parts):
+                raise CheckpointError(f"{folder} is damaged: {name} should be there as {parts[0]} and {parts[1]}")
+            packed[name] = (files.read(parts[0]), files.read(parts[1]))
+            weights[name] = _unpacked(files.stored[parts[0]].file, name, *packed[name])
+        parts_of_packed = {f"{name}.{part}" for name in packed for part in ("packed", "meta")}
+        weights |= {name: files.read(name) for name in files if name not in parts_of_packed}
     model_class, config = architecture(folder, len(weights))
     model: PreTrainedModel = filled_model(model_class, config, weights, "auto", folder).eval().to(where)
     if where.type == "cuda":
@@ -136,10 +143,9 @@ def _packed(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{name}.packed": values.contiguous(), f"{name}.meta": meta.contiguous()}
 
 
-def _meta(files: TensorFiles, base: str) -> Tensor:
-    if f"{base}.meta" not in files.places:
-        raise CheckpointError(f"{files.places[f'{base}.packed']} is damaged: {base}.meta is missing")
-    return files.read(f"{base}.meta")
+def _shard(number: int) -> str:
+    # Not model.safetensors, in which from_pretrained would miss these weights and draw them at random.
+    return f"semi_structured-{number:05d}.safetensors"
 
 
 def _unpacked(file: Path, name: str, packed: Tensor, meta: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from trisparse.sparsity.checkpoint import CheckpointError
 from trisparse.sparsity.foreign.architecture import architecture, empty_model
 from trisparse.sparsity.foreign.compressed_tensors import TWO_FOUR, decompressed, grouped, sparse_format
 from trisparse.sparsity.foreign.recover import MIN_SPARSITY, RecoveredWeight, check_min_sparsity, zero_pattern
-from trisparse.sparsity.foreign.tensor_files import TensorFiles, tensor_places
+from trisparse.sparsity.foreign.tensor_files import TensorFiles
 from trisparse.sparsity.report import as_text
 
 
@@ -33,10 +33,9 @@ def survey(folder: str | Path, *, min_sparsity: float = MIN_SPARSITY) -> list[Re
     check_min_sparsity(min_sparsity)
     folder = Path(folder)
     named = sparse_format(folder)
-    places = tensor_places(folder)
-    turned = _conv1d_weights(folder, len(places))
     rows = []
-    with TensorFiles(places) as files:
+    with TensorFiles(folder) as files:
+        turned = _conv1d_weights(folder, len(files))
         for name, parts in (grouped(files) if named else dict.fromkeys(files)).items():
             if parts and named:
                 weight, bits = decompressed(files, name, parts, named)

@@ -11,6 +11,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from trisparse.sparsity.checkpoint.registration import register_on_import
+
 if TYPE_CHECKING:
     from trisparse.retrain.cycles import CyclesConfig, LayerCollapseError, prune_cycles
     from trisparse.retrain.cycles_report import CyclesReport
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from trisparse.retrain.vision_report import VisionReport
     from trisparse.sparsity.allocation import ERK, LAMP, OWL, PerLayer, UniformPlus
     from trisparse.sparsity.capture import BlocksNotChainedError
-    from trisparse.sparsity.checkpoint import CheckpointError, load, save
+    from trisparse.sparsity.checkpoint import CheckpointError, TrisparseConfig, load, save
     from trisparse.sparsity.compression import CompressionReport, compress, decompress
     from trisparse.sparsity.linear import SparseLinear
     from trisparse.sparsity.mask import Mask, MaskError, check_masks, masks
@@ -66,6 +68,7 @@ _HOME = {
     "SparseLinear": "sparsity.linear",
     "SparseLoraConfig": "retrain.sparse_lora_config",
     "SparsityReport": "sparsity.report",
+    "TrisparseConfig": "sparsity.checkpoint",
     "UniformPlus": "sparsity.allocation",
     "Unstructured": "sparsity.pattern",
     "VisionConfig": "retrain.vision",
@@ -115,6 +118,7 @@ __all__ = [
     "SparseLinear",
     "SparseLoraConfig",
     "SparsityReport",
+    "TrisparseConfig",
     "UniformPlus",
     "Unstructured",
     "VisionConfig",
@@ -145,3 +149,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"trisparse.{_HOME[name]}"), name)
     raise AttributeError(f"module 'trisparse' has no attribute {name!r}")
+
+
+register_on_import()  # from_pretrained opens checkpoints of ours from now on

@@ -130,8 +130,6 @@ def test_wrong_inputs(tmp_path):
     compress(model)
     with pytest.raises(ValueError, match="model is compressed: decompress"):
         sparsify(model, "2:4", progress=False)
-    with pytest.raises(ValueError, match="model is compressed"):
-        save(model, tmp_path / "m")
     alone = nn.Linear(16, 16)
     sparsify(alone, "2:4", include="weight", progress=False)
     with pytest.raises(ValueError, match=r"use SparseLinear\.from_dense"):

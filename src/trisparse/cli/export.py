@@ -34,7 +34,7 @@ def export(
     if to == "compressed-tensors":
         raise ValueError(
             "compressed-tensors is not written: its releases since 0.15 have no sparse formats any more, and vLLM "
-            "refuses a config with a sparsity_config. '--to dense' opens in every tool; '--to trisparse' is the small one"
+            "refuses a config with a sparsity_config. '--to dense' opens in every tool, and '--to trisparse' is small"
         )
     if to not in FORMS:
         raise ValueError(f"to must be one of {', '.join(FORMS)}, got {to!r}")

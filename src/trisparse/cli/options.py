@@ -57,7 +57,7 @@ def load_model(model: str, *, recover: bool = False) -> tuple[Any, Any, list[dic
 def _load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trisparse.sparsity.checkpoint import ADAPTERS_FILE, INFO_FILE, load, read_info
+    from trisparse.sparsity.checkpoint import ADAPTERS_FILE, is_checkpoint, load, read_info
     from trisparse.sparsity.foreign.compressed_tensors import load_compressed_tensors, sparse_format
     from trisparse.sparsity.foreign.export import imported
     from trisparse.sparsity.progress import quiet_transformers
@@ -72,7 +72,7 @@ def _load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
 
             adapted, recipe = load_adapted_model(model)
             return adapted, AutoTokenizer.from_pretrained(model), recipe
-        if (Path(model) / INFO_FILE).is_file():
+        if is_checkpoint(model):
             loaded, recipe = load(model), read_info(model)["recipe"]
             if getattr(loaded, "main_input_name", None) == "pixel_values":
                 raise ValueError(

@@ -162,10 +162,10 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
 
     Of a folder that others wrote, show the pattern of the zeros of each weight.
     """
-    from trisparse.sparsity.checkpoint import ADAPTERS_FILE, INFO_FILE, load, read_info
+    from trisparse.sparsity.checkpoint import ADAPTERS_FILE, is_checkpoint, load, read_info
     from trisparse.sparsity.report import describe_masks
 
-    if folder.is_dir() and not any((folder / name).is_file() for name in (INFO_FILE, ADAPTERS_FILE)):
+    if folder.is_dir() and not is_checkpoint(folder) and not (folder / ADAPTERS_FILE).is_file():
         _inspect_foreign(folder, as_json)
         return
 

@@ -116,10 +116,10 @@ def load_classifier(model: str) -> tuple[Any, list[dict[str, Any]]]:
     """
     from transformers import AutoModelForImageClassification
 
-    from trisparse.sparsity.checkpoint import INFO_FILE, load, read_info
+    from trisparse.sparsity.checkpoint import is_checkpoint, load, read_info
     from trisparse.sparsity.progress import quiet_transformers
 
-    if (Path(model) / INFO_FILE).is_file():
+    if is_checkpoint(model):
         loaded, recipe = load(model), read_info(model)["recipe"]
     else:
         with quiet_transformers():

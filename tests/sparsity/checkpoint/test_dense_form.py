@@ -17,7 +17,7 @@ from trisparse.sparsity.sparsify import sparsify
 def saved(model_named, tmp_path):
     model = model_named("llama")
     sparsify(model, "2:4", progress=False)
-    return model, save(model, tmp_path / "pruned", recipe=[{"step": "prune"}])
+    return model, save(model, tmp_path / "pruned", form="dense", recipe=[{"step": "prune"}])
 
 
 def logits(model, tokens):
@@ -27,7 +27,7 @@ def logits(model, tokens):
 
 def test_every_language_model_comes_back(language_model, tokens, tmp_path):
     sparsify(language_model, "50%", progress=False)
-    save(language_model, tmp_path / "pruned")
+    save(language_model, tmp_path / "pruned", form="dense")
     again = load(tmp_path / "pruned")
     assert masks_sha256(again) == masks_sha256(language_model)
     assert torch.equal(logits(again, tokens), logits(language_model, tokens))
@@ -38,14 +38,14 @@ def test_every_language_model_comes_back(language_model, tokens, tmp_path):
 def test_vision_model_and_plain_module_come_back(model_named, tmp_path):
     resnet = model_named("resnet")
     sparsify(resnet, "50% global", progress=False)
-    save(resnet, tmp_path / "resnet")
+    save(resnet, tmp_path / "resnet", form="dense")
     x = torch.rand(1, 3, 32, 32)
     assert torch.equal(load(tmp_path / "resnet")(x).logits, resnet(x).logits)
     assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path / "resnet")(x).logits, resnet(x).logits)
     plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     plain[1].weight = plain[0].weight
     sparsify(plain, "2:4", progress=False)
-    save(plain, tmp_path / "plain")
+    save(plain, tmp_path / "plain", form="dense")
     other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     other[1].weight = other[0].weight
     assert load(tmp_path / "plain", into=other) is other
@@ -70,7 +70,7 @@ def test_a_pruned_weight_that_came_back_is_not_saved(saved, tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(1)
     with pytest.raises(MaskError, match=r"layers\.0\.mlp\.up_proj\.weight"):
-        save(model, tmp_path / "other")
+        save(model, tmp_path / "other", form="dense")
     assert not (tmp_path / "other").exists()
     assert os.listdir(tmp_path) == ["pruned"]
 
@@ -78,14 +78,14 @@ def test_a_pruned_weight_that_came_back_is_not_saved(saved, tmp_path):
 def test_only_our_own_folder_is_replaced(saved, tmp_path):
     model, path = saved
     sparsify(model, "1:4", progress=False)
-    save(model, path)
+    save(model, path, form="dense")
     assert {str(mask.pattern) for mask in masks(load(path)).values()} == {"1:4"}
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     check_output(foreign)  # an empty folder is free
     (foreign / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not a trisparse checkpoint"):
-        save(model, foreign)
+        save(model, foreign, form="dense")
     assert (foreign / "thesis.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="exists and is not"):
         check_output(foreign / "thesis.txt")
@@ -101,7 +101,7 @@ def test_a_failed_save_leaves_the_old_folder(saved, monkeypatch, tmp_path):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="disk full"):
-        save(model, path)
+        save(model, path, form="dense")
     assert sorted(os.listdir(path)) == before
     assert os.listdir(tmp_path) == ["pruned"]
     load(path)

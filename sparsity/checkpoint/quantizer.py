@@ -1,0 +1,163 @@
+"""transformers' side of the format: ``from_pretrained`` and ``save_pretrained`` of a compressed model.
+
+    import trisparse                                                # registers quant_method "trisparse"
+    model = AutoModelForCausalLM.from_pretrained("pruned")          # SparseLinear layers
+    model = AutoModelForCausalLM.from_pretrained("pruned", quantization_config=TrisparseConfig(dense=True))
+
+transformers calls every compressed form a quantization and its code a quantizer. What this file imports at the top must
+be light and independent of transformers' models: it is imported while transformers is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from trisparse.sparsity.checkpoint.info import Manifest
+
+METHOD = "trisparse"
+
+
+class TrisparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of a compressed checkpoint; as an argument of ``from_pretrained`` it says how to load it.
+
+    Args:
+        dense: decompress into ordinary layers, with their masks attached.
+        manifest: the pruned weights; read from the file, not given.
+    """
+
+    def __init__(self, *, dense: bool = False, manifest: Manifest | None = None) -> None:
+        self.quant_method = METHOD
+        self.dense = dense
+        self.manifest = manifest
+
+    @property
+    def dequantize(self) -> bool:
+        """transformers' word for ``dense``: after loading, the model counts as an ordinary one."""
+        return self.dense
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config in a ``config.json``.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        from trisparse.sparsity.checkpoint.info import Manifest
+
+        config = cls(
+            dense=config_dict.get("dense") is True, manifest=Manifest.parse(config_dict, "quantization_config")
+        )
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What an argument of ``from_pretrained`` may change."""
+        return {"dense": self.dense}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``config.json``."""
+        content = {} if self.manifest is None else self.manifest.content()
+        return {"quant_method": METHOD, **content}
+
+
+class TrisparseQuantizer(HfQuantizer):
+    """Turns the linear layers of an empty model into empty SparseLinear, and checks what was loaded into them."""
+
+    quantization_config: TrisparseConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from trisparse.sparsity.checkpoint.files import CheckpointError
+        from trisparse.sparsity.checkpoint.loading import Loading
+
+        if self.quantization_config.manifest is None:
+            raise ValueError(
+                "quantization_config is a TrisparseConfig, but the model is no trisparse checkpoint: it says how one is "
+                "loaded. trisparse.sparsify prunes a model"
+            )
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        if not files:
+            raise CheckpointError("a compressed checkpoint is loaded from its files, and none were given")
+        self._loading = Loading(model, self.quantization_config.manifest, files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        loading = self._loading
+        del self._loading
+        loading.finish(dense=self.quantization_config.dense)
+        # A sparse weight is of the model's own dtype: .half(), .to(dtype) and training do what they always do.
+        model.is_quantized = False
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype to cast a tensor of the file to; refuses to make an index of a tensor of floating point."""
+        from trisparse.sparsity.checkpoint.files import CheckpointError
+
+        cast: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        if cast is not None and not cast.is_floating_point:
+            raise CheckpointError("a tensor of the checkpoint is of floating point where the model has integers")
+        return cast
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Give the masks of dense weights, which are loaded as tensors of the model, a place too."""
+        from trisparse.sparsity.checkpoint.target import MASKS_PREFIX
+
+        if isinstance(device_map, dict) and device_map and "" not in device_map:
+            return {**device_map, MASKS_PREFIX: next(iter(device_map.values()))}
+        return device_map
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The tensors to save, as :func:`trisparse.save` writes them; brings the model's config up to date."""
+        from trisparse.sparsity.checkpoint.info import Manifest
+        from trisparse.sparsity.checkpoint.packing import pack
+
+        earlier = self.quantization_config.manifest
+        state, targets = pack(model)
+        self.quantization_config.manifest = Manifest(targets, () if earlier is None else earlier.recipe)
+        model.config.quantization_config = self.quantization_config
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from trisparse.sparsity.compression import decompress
+
+        decompress(model)
+        return model if dtype is None else model.to(dtype)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Biases, norms and adapters train; compressed weights have no gradient."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile takes the layers."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes the compressed form."""
+        return True
+
+
+def mark_compressed(model: nn.Module) -> None:
+    """Have ``save_pretrained`` of a transformers model write the compressed form."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel) and not isinstance(getattr(model, "hf_quantizer", None), TrisparseQuantizer):
+        model.hf_quantizer = TrisparseQuantizer(TrisparseConfig())
+
+
+def unmark_compressed(model: nn.Module) -> None:
+    """Have ``save_pretrained`` write an ordinary model again."""
+    from transformers import PreTrainedModel
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(model, PreTrainedModel) and isinstance(quantizer, TrisparseQuantizer):
+        quantizer.remove_quantization_config(model)

@@ -1,0 +1,66 @@
+"""Telling transformers of ``quant_method: "trisparse"``, once, without importing transformers for it.
+
+``import trisparse`` must stay light, and ``from_pretrained`` must know the format afterwards, whichever package is
+imported first. So :func:`register_on_import` waits for transformers to import its table of quantizers.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+_TABLE = "transformers.quantizers.auto"
+
+
+def register() -> None:
+    """Add the quantizer and its config to transformers' tables; a second call does nothing."""
+    import transformers.quantizers.auto as table
+
+    from trisparse.sparsity.checkpoint.quantizer import METHOD, TrisparseConfig, TrisparseQuantizer
+
+    if METHOD in table.AUTO_QUANTIZER_MAPPING:
+        return
+    table.register_quantization_config(METHOD)(TrisparseConfig)
+    table.register_quantizer(METHOD)(TrisparseQuantizer)
+    # Without this, transformers ignores the TrisparseConfig that is given to from_pretrained.
+    table.LOADING_ATTRIBUTES_CONFIG_TYPES += (TrisparseConfig,)
+
+
+def register_on_import() -> None:
+    """:func:`register` now if transformers has its table already, else as soon as it is imported."""
+    if _TABLE in sys.modules:
+        register()
+    elif not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TableFinder())
+
+
+class _TableFinder(MetaPathFinder):
+    """Finds one module, as the usual finder does, and registers once it is executed."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != _TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+class _RegisteringLoader(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Whoever looks at the module later sees the loader that it would have had.
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        register()

@@ -1,0 +1,130 @@
+"""Whether the tensors of a compressed weight say what they may: indices, counts, offsets and the hash of the mask.
+
+Everything is checked before a kernel sees it: an index out of range would read memory that is not the weight's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trisparse.kernels.compressed import TILE, tile_dtype
+from trisparse.sparsity.checkpoint.target import Target, TargetError
+from trisparse.sparsity.mask import bits_sha256
+from trisparse.sparsity.pattern import NM
+
+Counts = npt.NDArray[np.int64]
+
+
+def check_tensors(target: Target, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Check the tensors of a compressed weight (``values``, ``meta``, ...), whose mask must have the target's hash.
+
+    Returns:
+        The tile offsets (kernels/compressed.py) of format "bitmask" on the CPU; None for the others.
+
+    Raises:
+        TargetError: what is wrong.
+    """
+    for part, (dtype, shape) in target.tensors.items():
+        tensor = tensors[part]
+        right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        if not right or tuple(tensor.shape) != shape:
+            raise TargetError(f"{part} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype or 'floating point'} {shape}")
+    tiles = None
+    if target.format == "2:4":
+        packed = packed_of_meta(tensors["meta"].cpu())
+    else:
+        packed = tensors["bitmask"].cpu()
+        _check_padding(target, packed)
+        if target.format == "n:m":
+            _check_groups(target, packed)
+        else:
+            tiles = _check_offsets(target, packed, tensors["row_offsets"].cpu())
+    if bits_sha256(packed, target.shape, target.cols, target.transposed) != target.sha256:
+        raise TargetError("the mask does not match its hash")
+    return tiles
+
+
+def check_mask(target: Target, bits: Tensor) -> None:
+    """Check the mask, uint8 [rows, ceil(cols / 8)] on the CPU, of a weight that is stored dense.
+
+    Raises:
+        TargetError: what is wrong.
+    """
+    if bits.dtype != torch.uint8 or tuple(bits.shape) != target.bits_shape:
+        raise TargetError(f"its mask is {bits.dtype} {tuple(bits.shape)}, not torch.uint8 {target.bits_shape}")
+    _check_padding(target, bits)
+    kept = int(np.bitwise_count(bits.numpy()).sum(dtype=np.int64))
+    if kept != target.kept:
+        raise TargetError(f"its mask keeps {kept} weights, not {target.kept}")
+    if bits_sha256(bits, target.shape, target.cols, target.transposed) != target.sha256:
+        raise TargetError("the mask does not match its hash")
+
+
+def packed_of_meta(meta: Tensor) -> Tensor:
+    """The packed mask uint8 [rows, cols / 8] of 2:4 ``meta`` int16 [rows, cols / 16] on the CPU.
+
+    Raises:
+        TargetError: a group whose two places do not ascend.
+    """
+    words = np.ascontiguousarray(meta.numpy()).view(np.uint16)
+    packed = np.take(_packed_words(), words)
+    if not packed.all():
+        raise TargetError("meta has a group whose two places do not ascend")
+    return torch.from_numpy(packed.view(np.uint8))
+
+
+@cache
+def _packed_words() -> npt.NDArray[np.uint16]:
+    """For each word of meta the 16 bits of the mask; 0 for a word with a group that does not ascend."""
+    words = np.arange(1 << 16, dtype=np.uint32)
+    packed = np.zeros_like(words)
+    good = np.ones(1 << 16, dtype=bool)
+    for group in range(4):
+        low, high = words >> 4 * group & 3, words >> 4 * group + 2 & 3
+        good &= low < high
+        packed |= (1 << low | 1 << high) << 4 * group
+    return np.where(good, packed, 0).astype("<u2").astype(np.uint16)
+
+
+def _check_padding(target: Target, packed: Tensor) -> None:
+    beyond = target.cols % 8
+    if beyond and bool((packed[:, -1] >> beyond).any()):
+        raise TargetError("the bitmask has bits beyond the last column")
+
+
+def _check_groups(target: Target, packed: Tensor) -> None:
+    """Exactly n of every m consecutive columns are kept."""
+    assert isinstance(target.pattern, NM)  # or the format would be another
+    n, m = target.pattern.n, target.pattern.m
+    bits = packed.numpy()
+    if m in (8, 16, 32) and target.cols % m == 0:
+        counts = np.bitwise_count(np.ascontiguousarray(bits).view(f"u{m // 8}"))
+    else:
+        counts = np.unpackbits(bits, axis=1, count=target.cols, bitorder="little").reshape(-1, m).sum(1)
+    if bool((counts != n).any()):
+        raise TargetError(f"the bitmask is not {target.pattern}")
+
+
+def _check_offsets(target: Target, packed: Tensor, row_offsets: Tensor) -> Tensor:
+    """The tile offsets, after a check that ``row_offsets`` are those of the bitmask."""
+    rows, tiles = target.rows, -(-target.cols // TILE)
+    bits = packed.numpy()
+    if bits.shape[1] % (TILE // 8):
+        bits = np.pad(bits, ((0, 0), (0, tiles * TILE // 8 - bits.shape[1])))
+    words = np.bitwise_count(np.ascontiguousarray(bits).view(np.uint64))  # at most 64: uint8
+    counts = words.reshape(rows, tiles, 2).sum(2, dtype=np.int64)
+    before = counts.cumsum(1)
+    ends = before[:, -1].cumsum()
+    offsets = row_offsets.numpy()
+    if offsets[0] != 0 or not np.array_equal(offsets[1:], ends):
+        raise TargetError("row_offsets do not fit the bitmask")
+    if int(offsets[-1]) != target.kept:
+        raise TargetError(f"the bitmask keeps {int(offsets[-1])} weights, not {target.kept}")
+    # Narrowing keeps the low 16 bits, which the kernels read as unsigned.
+    return torch.from_numpy(before - counts).to(tile_dtype(target.cols))
