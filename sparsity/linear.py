@@ -99,21 +99,24 @@ class SparseLinear(nn.Module, HoldsMask):
         self.layout: Layout = "rows"
         rows, cols = out_features, in_features
         dtype = dtype or torch.get_default_dtype()
+        # On the meta device torch.zeros is many times slower than torch.empty, and there is nothing to set to zero.
+        zeros = torch.empty if device is not None and torch.device(device).type == "meta" else torch.zeros
         shape = (kept,) if format == "bitmask" else (rows, cols * n // m)
-        self.register_buffer("values", torch.zeros(shape, dtype=dtype, device=device))  # type: ignore[arg-type]
+        self.register_buffer("values", zeros(shape, dtype=dtype, device=device))  # type: ignore[arg-type]
         if format == "2:4":
-            self.register_buffer("meta", torch.full((rows, cols // 16), _ASCENDING, dtype=torch.int16, device=device))
+            meta = zeros(rows, cols // 16, dtype=torch.int16, device=device)
+            self.register_buffer("meta", meta if meta.is_meta else meta.fill_(_ASCENDING))
         else:
-            bitmask = torch.zeros(rows, -(-cols // 8), dtype=torch.uint8, device=device)
+            bitmask = zeros(rows, -(-cols // 8), dtype=torch.uint8, device=device)
             self.register_buffer("bitmask", bitmask)
         offsets = tiles = None
         if format == "bitmask":
-            offsets = torch.zeros(rows + 1, dtype=torch.int64, device=device)
-            tiles = torch.zeros(rows, -(-cols // TILE), dtype=tile_dtype(cols), device=device)
+            offsets = zeros(rows + 1, dtype=torch.int64, device=device)
+            tiles = zeros(rows, -(-cols // TILE), dtype=tile_dtype(cols), device=device)
         self.register_buffer("row_offsets", offsets)
         self.register_buffer("tile_offsets", tiles, persistent=False)
         self.register_buffer("dense", None, persistent=False)
-        self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device)) if bias else None
+        self.bias = nn.Parameter(zeros(rows, dtype=dtype, device=device)) if bias else None
         self.semi_structured: Tensor | None = None  # torch's own compressed tensor, no buffer: it cannot be moved
         self.prefer: Prefer = "speed"
         self.tune_for: Prefer | None = None

@@ -38,9 +38,10 @@ _BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: where it is, its dtype (None where it is none of torch's usual ones) and its shape."""
+    """A tensor in a file: its name there, its dtype (None where it is none of torch's usual ones) and its shape."""
 
     file: Path
+    name: str
     dtype: torch.dtype | None
     shape: tuple[int, ...]
 
@@ -124,7 +125,7 @@ def _read_entry(file: Path, name: str, entry: Any) -> tuple[StoredTensor, int, i
         size *= count
     if not isinstance(dtype, str) or (dtype in _BYTES and size * _BYTES[dtype] != offsets[1] - offsets[0]):
         raise CheckpointError(f"{file} is damaged at {name[:200]}: {str(entry)[:200]} does not fit its bytes")
-    return StoredTensor(file, _DTYPES.get(dtype), tuple(shape)), offsets[0], offsets[1]
+    return StoredTensor(file, name, _DTYPES.get(dtype), tuple(shape)), offsets[0], offsets[1]
 
 
 def _are_sizes(values: Any) -> bool:

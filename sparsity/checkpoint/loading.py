@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trisparse.sparsity.backends import default_plan
@@ -21,8 +25,15 @@ from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import Mask, attach
 
 
+# Tensors that transformers is to leave to us.
+_OURS = rf"\.(meta|bitmask|row_offsets)$|^{MASKS_PREFIX}\.\d+$"
+
+
 class Loading:
     """The layers of ``model`` that are compressed in the files, empty, until :meth:`finish`.
+
+    transformers loads the values, as it loads all weights: it casts them and places them by the device map. What says
+    where they belong is read here and checked on the CPU first.
 
     Args:
         model: a transformers model on the meta device, of any class that the checkpoint may be opened as.
@@ -36,48 +47,17 @@ class Loading:
     def __init__(self, model: Any, manifest: Manifest, files: Sequence[Path]) -> None:
         self._model = model
         _check_place(files, str(getattr(model.config, "name_or_path", "") or ""))
-        self._stored = read_headers(files)
-        holders = mask_names(manifest.targets)
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+        self._stored = _check_stored(model, manifest, read_headers(files), prefix)
+        self._holders = mask_names(manifest.targets)
+        self._weights: list[_Weight] = []
         modules = dict(model.named_modules())
-        self._targets: dict[str, Target] = {}
-        self._holders: dict[str, str] = {}
-        self._own: dict[str, str] = {}  # the manifest's name to the model's
-        self._where: dict[str, str] = {}  # a weight's name in the model to a file that holds it, for messages
         for name, target in manifest.targets.items():
             own = _own_name(name, modules, prefix)
-            if own is None:
-                continue  # of a part that this class of model does not have, such as the head
-            self._targets[own] = target
-            self._own[name] = own
-            if name in holders:
-                self._holders[own] = holders[name]
-        self._check_stored(manifest, prefix)
-        for name, target in self._targets.items():
-            self._prepare(name, target, modules)
-        if self._holders:
-            self._add_masks()
-
-    def _check_stored(self, manifest: Manifest, prefix: str) -> None:
-        """Every tensor that the targets need is in the files, with its dtype and shape."""
-        needed = tensor_names(manifest.targets)
-        stored = self._stored
-        if not needed.keys() <= stored.keys():
-            stored = _renamed(self._model, stored, needed, prefix)
-        for tensor, (name, dtype, shape) in needed.items():
-            found = stored.get(tensor)
-            if found is None:
-                listed = sorted({entry.file.name for entry in stored.values()})
-                raise CheckpointError(f"{', '.join(listed[:3])} has no {tensor}, which {name} needs")
-            right = found.dtype is not None and (
-                found.dtype.is_floating_point if dtype is None else found.dtype == dtype
-            )
-            if not right or found.shape != shape:
-                raise CheckpointError(
-                    f"{found.file} is damaged at {tensor}: it is {found.dtype} {found.shape}, not "
-                    f"{dtype or 'floating point'} {shape}"
-                )
-            self._where[self._own.get(name, name)] = str(found.file)
+            if own is not None:  # else of a part that this class of model does not have, such as the head
+                self._weights.append(_Weight(name, own, target))
+                self._prepare(own, target, modules)
+        model._keys_to_ignore_on_load_unexpected.add(_OURS)
 
     def _prepare(self, name: str, target: Target, modules: Mapping[str, nn.Module]) -> None:
         path, _, param = name.rpartition(".")
@@ -93,17 +73,9 @@ class Loading:
             made = empty_layer(layer, target)
         except ValueError as error:
             raise CheckpointError(f"{name} cannot be compressed: {error}") from error
-        made.tile_offsets = None  # computed in the end
-        made._is_hf_initialized = True  # nothing in it is for transformers to draw at random
+        made.positions = made.row_offsets = made.tile_offsets = None  # type: ignore[assignment]
+        made._is_hf_initialized = True  # type: ignore[assignment]  # nothing is left to be drawn at random
         replace(self._model, path, made)
-
-    def _add_masks(self) -> None:
-        """Tensors of the model, while it is loaded, for the masks of dense weights."""
-        holder = nn.Module()
-        for name, tensor in self._holders.items():
-            empty = torch.empty(self._targets[name].bits_shape, dtype=torch.uint8, device="meta")
-            holder.register_buffer(tensor.rpartition(".")[2], empty)
-        self._model.add_module(MASKS_PREFIX, holder)
 
     def finish(self, *, dense: bool) -> None:
         """Check what was loaded, attach the masks and, with ``dense``, decompress.
@@ -111,35 +83,76 @@ class Loading:
         Raises:
             CheckpointError: the tensors of a weight are damaged, or not those that were saved.
         """
-        holder = getattr(self._model, MASKS_PREFIX, None) if self._holders else None
-        for name, target in self._targets.items():
-            path, _, param = name.rpartition(".")
-            layer = self._model.get_submodule(path)
-            try:
+        self._model._keys_to_ignore_on_load_unexpected.discard(_OURS)
+        with _OpenFiles() as files:
+            for weight in self._weights:
+                path, _, param = weight.own.rpartition(".")
+                layer = self._model.get_submodule(path)
                 if isinstance(layer, SparseLinear):
-                    finish_layer(layer, target)
-                    if dense:
-                        replace(self._model, path, layer.to_dense())
+                    prefix = weight.name.removesuffix(param)
+                    stored = {part: self._stored[prefix + part] for part in weight.target.tensors if part != "values"}
                 else:
-                    bits = getattr(holder, self._holders[name].rpartition(".")[2]).cpu()
-                    check_zeros(layer, param, attach_mask(layer, param, target, bits))
-            except TargetError as error:
-                raise CheckpointError(f"{self._where.get(name, 'the checkpoint')} is damaged at {name}: {error}") from error
-        if holder is not None:
-            delattr(self._model, MASKS_PREFIX)
+                    stored = {"mask": self._stored[self._holders[weight.name]]}
+                try:
+                    tensors = {part: files.read(tensor) for part, tensor in stored.items()}
+                    if isinstance(layer, SparseLinear):
+                        finish_layer(layer, weight.target, tensors)
+                        if dense:
+                            replace(self._model, path, layer.to_dense())
+                    else:
+                        check_zeros(layer, param, attach_mask(layer, param, weight.target, tensors["mask"]))
+                except (TargetError, OSError, SafetensorError) as error:
+                    file = next(iter(stored.values())).file
+                    raise CheckpointError(f"{file} is damaged at {weight.name}: {error}") from error
 
-def finish_layer(layer: SparseLinear, target: Target) -> None:
-    """Check the buffers of a layer that was loaded, and make it ready to run.
+
+@dataclass(frozen=True)
+class _Weight:
+    """A pruned weight: its name in the files, its name in the model, and what it is."""
+
+    name: str
+    own: str
+    target: Target
+
+
+class _OpenFiles:
+    """Safetensors files that are opened once, at the first tensor that is read from them."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> _OpenFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def read(self, stored: StoredTensor) -> Tensor:
+        if stored.file not in self._open:
+            self._open[stored.file] = self._stack.enter_context(safe_open(stored.file, framework="pt"))
+        tensor: Tensor = self._open[stored.file].get_tensor(stored.name)
+        return tensor
+
+
+def finish_layer(layer: SparseLinear, target: Target, positions: Mapping[str, Tensor]) -> None:
+    """Give a layer, which has its values, the tensors that say where they belong, and make it ready to run.
+
+    Args:
+        layer: with ``values`` where they are to stay.
+        target: what the layer is to be.
+        positions: ``meta``, or ``bitmask`` and maybe ``row_offsets``, on the CPU.
 
     Raises:
         TargetError: they are damaged.
     """
-    tensors = {part: getattr(layer, part) for part in target.tensors}
-    if any(tensor.device.type == "meta" for tensor in tensors.values()):
-        raise TargetError("it was not loaded")
-    tiles = check_tensors(target, tensors)
-    if tiles is not None:
-        layer.tile_offsets = tiles.to(layer.values.device)
+    if layer.values.device.type == "meta":
+        raise TargetError("its values were not loaded")
+    tiles = check_tensors(target, {"values": layer.values, **positions})
+    device = layer.values.device
+    for part, tensor in positions.items():
+        setattr(layer, part, tensor.to(device))
+    layer.tile_offsets = None if tiles is None else tiles.to(device)
     layer.adopt(default_plan(layer))
 
 
@@ -180,6 +193,31 @@ def _own_name(name: str, modules: Mapping[str, nn.Module], prefix: str) -> str |
         if own.rpartition(".")[0] in modules:
             return own
     return None
+
+
+def _check_stored(
+    model: Any, manifest: Manifest, stored: Mapping[str, StoredTensor], prefix: str
+) -> Mapping[str, StoredTensor]:
+    """``stored`` by the manifest's names, after a check that all is there, with its dtype and shape, and no more."""
+    needed = tensor_names(manifest.targets)
+    if not needed.keys() <= stored.keys():
+        stored = _renamed(model, stored, needed, prefix)
+    for tensor, (name, dtype, shape) in needed.items():
+        found = stored.get(tensor)
+        if found is None:
+            listed = sorted({entry.file.name for entry in stored.values()})
+            raise CheckpointError(f"{', '.join(listed[:3])} has no {tensor}, which {name} needs")
+        right = found.dtype is not None and (found.dtype.is_floating_point if dtype is None else found.dtype == dtype)
+        if not right or found.shape != shape:
+            raise CheckpointError(
+                f"{found.file} is damaged at {tensor}: it is {found.dtype} {found.shape}, not "
+                f"{dtype or 'floating point'} {shape}"
+            )
+    known = {stored[tensor].name for tensor in needed}
+    for found in stored.values():
+        if found.name not in known and re.search(_OURS, found.name):
+            raise CheckpointError(f"{found.file} is damaged at {found.name}: no weight is listed that needs it")
+    return stored
 
 
 def _renamed(

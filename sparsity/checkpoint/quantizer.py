@@ -40,6 +40,9 @@ class TrisparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.dense = dense
         self.manifest = manifest
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrisparseConfig:
+        return type(self)(dense=self.dense, manifest=self.manifest)  # a manifest does not change
+
     @property
     def dequantize(self) -> bool:
         """transformers' word for ``dense``: after loading, the model counts as an ordinary one."""
@@ -97,22 +100,15 @@ class TrisparseQuantizer(HfQuantizer):
         model.is_quantized = False
         return model
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype to cast a tensor of the file to; refuses to make an index of a tensor of floating point."""
-        from trisparse.sparsity.checkpoint.files import CheckpointError
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of an element for the device map, with the indices, which are not in the model while it is planned."""
+        from trisparse.sparsity.linear import SparseLinear
 
-        cast: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        if cast is not None and not cast.is_floating_point:
-            raise CheckpointError("a tensor of the checkpoint is of floating point where the model has integers")
-        return cast
-
-    def update_device_map(self, device_map: Any) -> Any:
-        """Give the masks of dense weights, which are loaded as tensors of the model, a place too."""
-        from trisparse.sparsity.checkpoint.target import MASKS_PREFIX
-
-        if isinstance(device_map, dict) and device_map and "" not in device_map:
-            return {**device_map, MASKS_PREFIX: next(iter(device_map.values()))}
-        return device_map
+        size: float = super().param_element_size(model, param_name, param)
+        path, _, name = param_name.rpartition(".")
+        if name == "values" and param.numel() and isinstance(layer := model.get_submodule(path), SparseLinear):
+            size += layer.out_features * layer.in_features / 8 / param.numel()
+        return size
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
         """The tensors to save, as :func:`trisparse.save` writes them; brings the model's config up to date."""

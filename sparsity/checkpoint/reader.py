@@ -125,9 +125,9 @@ def _fill(model: nn.Module, path: Path, manifest: Manifest, *, dense: bool) -> N
             if param != "weight" or not owner:
                 raise ValueError("only the weight of a layer inside the module is stored compressed")
             sparse = empty_layer(layer, target)
-            for part in target.tensors:
-                setattr(sparse, part, tensors.pop(prefix + part))
-            finish_layer(sparse, target)
+            sparse.values = tensors.pop(f"{prefix}values")
+            positions = {part: tensors.pop(prefix + part) for part in target.tensors if part != "values"}
+            finish_layer(sparse, target, positions)
             made[name] = sparse
         except (KeyError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path / WEIGHTS_FILE} is damaged at {name}: {error}") from error

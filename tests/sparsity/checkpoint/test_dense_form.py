@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from trisparse.sparsity import checkpoint
 from trisparse.sparsity.checkpoint import CheckpointError, check_output, load, save
+from trisparse.sparsity.checkpoint import writer
 from trisparse.sparsity.mask import MaskError, masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
 
@@ -99,7 +100,7 @@ def test_a_failed_save_leaves_the_old_folder(saved, monkeypatch, tmp_path):
     def full(*args, **options):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises(OSError, match="disk full"):
         save(model, path, form="dense")
     assert sorted(os.listdir(path)) == before
@@ -125,7 +126,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
         (lambda p: (p / checkpoint.INFO_FILE).write_text("[]"), "lists no targets"),
         (lambda p: (p / checkpoint.MASKS_FILE).unlink(), "cannot be read"),
         (lambda p: (p / checkpoint.MASKS_FILE).write_bytes(b"\xff" * 20), "cannot be read"),
-        (lambda p: edit_info(p, lambda i: i.update(version=2)), "version 2"),
+        (lambda p: edit_info(p, lambda i: i.update(version=3)), "version 3"),
         (lambda p: edit_info(p, lambda i: i["targets"].pop(NAME)), "list different weights"),
         (lambda p: edit_info(p, lambda i: i["targets"][NAME].pop("cols")), f"damaged at {NAME}"),
         (lambda p: edit_info(p, lambda i: i["targets"][NAME].update(pattern="9:4")), f"damaged at {NAME}"),
