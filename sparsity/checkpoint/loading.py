@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trisparse.sparsity.backends import default_plan
+from trisparse.sparsity.checkpoint.architecture import check_size
 from trisparse.sparsity.checkpoint.files import CheckpointError
 from trisparse.sparsity.checkpoint.headers import StoredTensor, read_headers, weight_files
 from trisparse.sparsity.checkpoint.info import Manifest
@@ -23,7 +24,6 @@ from trisparse.sparsity.checkpoint.target import MASKS_PREFIX, Target, TargetErr
 from trisparse.sparsity.checkpoint.validation import check_mask, check_tensors
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import Mask, attach
-
 
 # Tensors that transformers is to leave to us.
 _OURS = rf"\.(meta|bitmask|row_offsets)$|^{MASKS_PREFIX}\.\d+$"
@@ -48,7 +48,8 @@ class Loading:
         self._model = model
         _check_place(files, str(getattr(model.config, "name_or_path", "") or ""))
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-        self._stored = _check_stored(model, manifest, read_headers(files), prefix)
+        headers = read_headers(files)
+        self._stored = _check_stored(model, manifest, headers, prefix)
         self._holders = mask_names(manifest.targets)
         self._weights: list[_Weight] = []
         modules = dict(model.named_modules())
@@ -57,6 +58,7 @@ class Loading:
             if own is not None:  # else of a part that this class of model does not have, such as the head
                 self._weights.append(_Weight(name, own, target))
                 self._prepare(own, target, modules)
+        check_size(model, [tensor.shape for tensor in headers.values()], files[0].parent)
         model._keys_to_ignore_on_load_unexpected.add(_OURS)
 
     def _prepare(self, name: str, target: Target, modules: Mapping[str, nn.Module]) -> None:

@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from trisparse.sparsity.checkpoint.architecture import architecture, check_size, empty_model
 from trisparse.sparsity.checkpoint.files import (
     CONFIG_FILE,
     INFO_FILE,
@@ -166,23 +167,16 @@ def _check_fits(weights: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, dense: bool = True) -> PreTrainedModel:
-    import transformers
-
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(f"{path} was saved from a plain module: pass an instance of it as load(path, into=...)")
     register()
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / CONFIG_FILE} is damaged: {error}") from error
+    stored = read_headers(weight_files(path))
+    model_class, config = architecture(path, len(stored))
     settings = getattr(config, "quantization_config", None)
     if isinstance(settings, dict):
-        settings["dense"] = dense
-    architecture = (config.architectures or ["none"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise CheckpointError(f"transformers has no {architecture}, which {path} was saved from")
-    read_headers(weight_files(path))
+        settings["dense"] = dense  # the quantizer checks the size
+    else:
+        check_size(empty_model(model_class, config, path), [tensor.shape for tensor in stored.values()], path)
     model: PreTrainedModel
     try:
         with quiet_transformers():
@@ -196,12 +190,14 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
             )
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what a config breaks in a model may raise anything
         raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := loading.get(what):
             listed = ", ".join(sorted(map(str, keys))[:3])
-            raise CheckpointError(f"the weights in {path} do not fit {architecture}: {what.replace('_', ' ')} {listed}")
+            raise CheckpointError(
+                f"the weights in {path} do not fit {model_class.__name__}: {what.replace('_', ' ')} {listed}"
+            )
     return model
 
 

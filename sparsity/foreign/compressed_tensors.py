@@ -27,7 +27,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trisparse.sparsity.checkpoint import CheckpointError
 from trisparse.sparsity.checkpoint.files import CONFIG_FILE, read_json
-from trisparse.sparsity.foreign.architecture import architecture, filled_model
+from trisparse.sparsity.foreign.architecture import dense_architecture, filled_model
 from trisparse.sparsity.foreign.recover import nm_pattern, zero_pattern
 from trisparse.sparsity.foreign.tensor_files import TensorFiles, read_config
 from trisparse.sparsity.mask import Mask, attach, to_matrix
@@ -90,7 +90,7 @@ def load_compressed_tensors(folder: str | Path, *, dtype: torch.dtype | None = N
                 weights[name], bits[name] = decompressed(files, name, parts, named)
             else:
                 weights[name] = files.read(name)
-    model_class, config = architecture(folder, len(weights))
+    model_class, config = dense_architecture(folder, len(weights))
     model = filled_model(model_class, config, weights, dtype or "auto", folder)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         read_json(folder / "generation_config.json")

@@ -21,7 +21,7 @@ from trisparse.sparsity.checkpoint import (
     replaced_folder,
     save,
 )
-from trisparse.sparsity.foreign.architecture import architecture, filled_model
+from trisparse.sparsity.foreign.architecture import dense_architecture, filled_model
 from trisparse.sparsity.foreign.compressed_tensors import load_compressed_tensors, sparse_format
 from trisparse.sparsity.foreign.recover import recover_masks
 from trisparse.sparsity.foreign.tensor_files import TensorFiles
@@ -84,7 +84,7 @@ def load_dense(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     """
     with TensorFiles(folder) as files:
         weights = {name: files.read(name) for name in files}
-    model = filled_model(*architecture(folder, len(weights)), weights, dtype or "auto", folder)
+    model = filled_model(*dense_architecture(folder, len(weights)), weights, dtype or "auto", folder)
     model.eval()
     return model
 

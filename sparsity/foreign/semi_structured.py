@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from trisparse.sparsity.checkpoint import CheckpointError, check_output, replaced_folder
 from trisparse.sparsity.checkpoint.files import INDEX_FILE, read_json
 from trisparse.sparsity.checkpoint.headers import weight_files
-from trisparse.sparsity.foreign.architecture import architecture, filled_model
+from trisparse.sparsity.foreign.architecture import dense_architecture, filled_model
 from trisparse.sparsity.foreign.export import copy_alongside, save_dense
 from trisparse.sparsity.foreign.tensor_files import TensorFiles
 from trisparse.sparsity.mask import Mask, check_masks, masks
@@ -104,9 +104,7 @@ def load_semi_structured(folder: str | Path, device: torch.device | str | None =
         raise CheckpointError(f"{folder} holds no semi-structured weights: it has no {_INFO}") from None
     shards, names = info.get("shards"), info.get("packed")
     if not isinstance(names, list) or type(shards) is not int or not 1 <= shards <= 10_000:
-        raise CheckpointError(
-            f"{folder / _INFO} is damaged: it lacks the number of shards or the packed weights"
-        )
+        raise CheckpointError(f"{folder / _INFO} is damaged: it lacks the number of shards or the packed weights")
     weights: dict[str, Tensor] = {}
     packed: dict[str, tuple[Tensor, Tensor]] = {}
     with TensorFiles(folder, [folder / _shard(number) for number in range(shards)]) as files:
@@ -118,7 +116,7 @@ def load_semi_structured(folder: str | Path, device: torch.device | str | None =
             weights[name] = _unpacked(files.stored[parts[0]].file, name, *packed[name])
         parts_of_packed = {f"{name}.{part}" for name in packed for part in ("packed", "meta")}
         weights |= {name: files.read(name) for name in files if name not in parts_of_packed}
-    model_class, config = architecture(folder, len(weights))
+    model_class, config = dense_architecture(folder, len(weights))
     model: PreTrainedModel = filled_model(model_class, config, weights, "auto", folder).eval().to(where)
     if where.type == "cuda":
         for name, (values, meta) in packed.items():

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from trisparse.sparsity.checkpoint import CheckpointError
-from trisparse.sparsity.foreign.architecture import architecture, empty_model
+from trisparse.sparsity.checkpoint.architecture import empty_model
+from trisparse.sparsity.foreign.architecture import dense_architecture
 from trisparse.sparsity.foreign.compressed_tensors import TWO_FOUR, decompressed, grouped, sparse_format
 from trisparse.sparsity.foreign.recover import MIN_SPARSITY, RecoveredWeight, check_min_sparsity, zero_pattern
 from trisparse.sparsity.foreign.tensor_files import TensorFiles
@@ -64,7 +65,7 @@ def _row(name: str, alive: Tensor, transposed: bool, min_sparsity: float) -> Rec
 def _conv1d_weights(folder: Path, tensors: int) -> Collection[str]:
     """Names of the weights that the model of ``folder`` stores as [in, out]; none where transformers knows no model."""
     try:
-        model = empty_model(*architecture(folder, tensors), folder)
+        model = empty_model(*dense_architecture(folder, tensors), folder)
     except CheckpointError:
         return ()
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
