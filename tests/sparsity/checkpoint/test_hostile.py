@@ -85,7 +85,10 @@ def flip_first(bits):
         (lambda t: t.pop(f"{NAME}.row_offsets"), "without row_offsets"),
         (lambda t: t.pop(f"{NAME}.compressed"), "lacks compressed"),
         (lambda t: t.update({f"{NAME}.weight": torch.zeros(16, 16)}), "dense and compressed"),
-        (lambda t: t.update({f"{NAME}.weight.{p}": t[f"{NAME}.{p}"].clone() for p in ("shape", "bitmask")}), "of one weight"),
+        (
+            lambda t: t.update({f"{NAME}.weight.{p}": t[f"{NAME}.{p}"].clone() for p in ("shape", "bitmask")}),
+            "of one weight",
+        ),
         (lambda t: t.pop("model.norm.weight"), "missing keys model.norm.weight|has .* weights, and a model"),
         (lambda t: t.update(more=torch.zeros(3)), "unexpected keys more"),
     ],
