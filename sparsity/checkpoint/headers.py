@@ -38,12 +38,34 @@ _BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its name there, its dtype (None where it is none of torch's usual ones) and its shape."""
+    """A tensor in a file: its name there, its dtype (None where it is none of torch's usual ones), its shape and the
+    byte of the file that it begins at.
+    """
 
     file: Path
     name: str
     dtype: torch.dtype | None
     shape: tuple[int, ...]
+    begin: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own: what was checked in it cannot change with the file.
+
+        Raises:
+            CheckpointError: the file is shorter than its header says, or the dtype is unknown.
+        """
+        if self.dtype is None:
+            raise CheckpointError(f"{self.file} is damaged at {self.name}: its dtype is unknown")
+        read = torch.empty(self.shape, dtype=self.dtype)
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                stream.seek(self.begin)
+                count = stream.readinto(read.reshape(-1).view(torch.uint8).numpy().data) if read.numel() else 0
+        except OSError as error:
+            raise CheckpointError(f"{self.file} cannot be read: {error}") from error
+        if count != read.nbytes:
+            raise CheckpointError(f"{self.file} is damaged at {self.name}: it ends too early")
+        return read
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -101,7 +123,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     found, ranges = {}, []
     for name, entry in header.items():
-        tensor, begin, end = _read_entry(file, name, entry)
+        tensor, begin, end = _read_entry(file, name, entry, 8 + length)
         found[name] = tensor
         ranges.append((begin, end, name))
     position = 0
@@ -114,7 +136,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _read_entry(file: Path, name: str, entry: Any) -> tuple[StoredTensor, int, int]:
+def _read_entry(file: Path, name: str, entry: Any, data: int) -> tuple[StoredTensor, int, int]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{file} is damaged at {name[:200]}: {str(entry)[:200]} describes no tensor")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -125,7 +147,7 @@ def _read_entry(file: Path, name: str, entry: Any) -> tuple[StoredTensor, int, i
         size *= count
     if not isinstance(dtype, str) or (dtype in _BYTES and size * _BYTES[dtype] != offsets[1] - offsets[0]):
         raise CheckpointError(f"{file} is damaged at {name[:200]}: {str(entry)[:200]} does not fit its bytes")
-    return StoredTensor(file, name, _DTYPES.get(dtype), tuple(shape)), offsets[0], offsets[1]
+    return StoredTensor(file, name, _DTYPES.get(dtype), tuple(shape), data + offsets[0]), offsets[0], offsets[1]
 
 
 def _are_sizes(values: Any) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trisparse.sparsity.backends import default_plan
@@ -21,9 +20,11 @@ from trisparse.sparsity.checkpoint.headers import StoredTensor, read_headers, we
 from trisparse.sparsity.checkpoint.info import Manifest
 from trisparse.sparsity.checkpoint.packing import empty_layer, replace, tensor_names
 from trisparse.sparsity.checkpoint.target import MASKS_PREFIX, Target, TargetError, mask_names
-from trisparse.sparsity.checkpoint.validation import check_mask, check_tensors
+from trisparse.sparsity.checkpoint.validation import check_mask, check_positions
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import Mask, attach
+
+Positions = tuple[dict[str, Tensor], Tensor | None]  # a weight's tensors without its values, and its tile offsets
 
 # Tensors that transformers is to leave to us.
 _OURS = rf"\.(meta|bitmask|row_offsets)$|^{MASKS_PREFIX}\.\d+$"
@@ -53,22 +54,26 @@ class Loading:
         self._holders = mask_names(manifest.targets)
         self._weights: list[_Weight] = []
         modules = dict(model.named_modules())
+        readers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         for name, target in manifest.targets.items():
             own = _own_name(name, modules, prefix)
             if own is not None:  # else of a part that this class of model does not have, such as the head
-                self._weights.append(_Weight(name, own, target))
-                self._prepare(own, target, modules)
+                layer = self._prepare(own, target, modules)
+                # Beside the main thread, which is busy with transformers' own work.
+                positions = readers.submit(self._read, name, target)
+                self._weights.append(_Weight(name, own, target, layer, positions))
+        readers.shutdown(wait=False)
         check_size(model, [tensor.shape for tensor in headers.values()], files[0].parent)
         model._keys_to_ignore_on_load_unexpected.add(_OURS)
 
-    def _prepare(self, name: str, target: Target, modules: Mapping[str, nn.Module]) -> None:
+    def _prepare(self, name: str, target: Target, modules: Mapping[str, nn.Module]) -> nn.Module:
         path, _, param = name.rpartition(".")
         layer = modules[path]
         if target.format == "dense":
             weight = getattr(layer, param, None)
             if not isinstance(weight, Tensor) or tuple(weight.shape) != target.shape:
                 raise CheckpointError(f"the model has no weight {name} of shape {target.shape}")
-            return
+            return layer
         try:
             if param != "weight":
                 raise ValueError("only a parameter named weight is stored compressed")
@@ -78,100 +83,90 @@ class Loading:
         made.positions = made.row_offsets = made.tile_offsets = None  # type: ignore[assignment]
         made._is_hf_initialized = True  # type: ignore[assignment]  # nothing is left to be drawn at random
         replace(self._model, path, made)
+        return made
+
+    def _read(self, name: str, target: Target) -> Positions:
+        """The indices of a weight, read and checked; or the mask of one that is stored dense."""
+        if target.format == "dense":
+            stored = {"mask": self._stored[self._holders[name]]}
+        else:
+            prefix = name.removesuffix("weight")
+            stored = {part: self._stored[prefix + part] for part in target.tensors if part != "values"}
+        try:
+            tensors = {part: tensor.read() for part, tensor in stored.items()}
+            if target.format == "dense":
+                check_mask(target, tensors["mask"])
+                return tensors, None
+            return tensors, check_positions(target, tensors)
+        except TargetError as error:
+            raise CheckpointError(f"{next(iter(stored.values())).file} is damaged at {name}: {error}") from error
 
     def finish(self, *, dense: bool) -> None:
-        """Check what was loaded, attach the masks and, with ``dense``, decompress.
+        """Give the layers their indices, attach the masks of the others and, with ``dense``, decompress.
 
         Raises:
             CheckpointError: the tensors of a weight are damaged, or not those that were saved.
         """
         self._model._keys_to_ignore_on_load_unexpected.discard(_OURS)
-        with _OpenFiles() as files:
-            for weight in self._weights:
-                path, _, param = weight.own.rpartition(".")
-                layer = self._model.get_submodule(path)
+        for weight in self._weights:
+            tensors, tiles = weight.positions.result()
+            path, _, param = weight.own.rpartition(".")
+            layer = weight.layer
+            try:
                 if isinstance(layer, SparseLinear):
-                    prefix = weight.name.removesuffix(param)
-                    stored = {part: self._stored[prefix + part] for part in weight.target.tensors if part != "values"}
+                    finish_layer(layer, tensors, tiles)
+                    if dense:
+                        replace(self._model, path, layer.to_dense())
                 else:
-                    stored = {"mask": self._stored[self._holders[weight.name]]}
-                try:
-                    tensors = {part: files.read(tensor) for part, tensor in stored.items()}
-                    if isinstance(layer, SparseLinear):
-                        finish_layer(layer, weight.target, tensors)
-                        if dense:
-                            replace(self._model, path, layer.to_dense())
-                    else:
-                        check_zeros(layer, param, attach_mask(layer, param, weight.target, tensors["mask"]))
-                except (TargetError, OSError, SafetensorError) as error:
-                    file = next(iter(stored.values())).file
-                    raise CheckpointError(f"{file} is damaged at {weight.name}: {error}") from error
+                    check_zeros(layer, param, attach_mask(layer, param, weight.target, tensors["mask"]))
+            except TargetError as error:
+                raise CheckpointError(f"the checkpoint is damaged at {weight.name}: {error}") from error
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A pruned weight: its name in the files, its name in the model, and what it is."""
+    """A pruned weight: its name in the files and in the model, what it is, its layer and its indices, being read."""
 
     name: str
     own: str
     target: Target
+    layer: nn.Module
+    positions: Future[Positions]
 
 
-class _OpenFiles:
-    """Safetensors files that are opened once, at the first tensor that is read from them."""
-
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-        self._open: dict[Path, Any] = {}
-
-    def __enter__(self) -> _OpenFiles:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def read(self, stored: StoredTensor) -> Tensor:
-        if stored.file not in self._open:
-            self._open[stored.file] = self._stack.enter_context(safe_open(stored.file, framework="pt"))
-        tensor: Tensor = self._open[stored.file].get_tensor(stored.name)
-        return tensor
-
-
-def finish_layer(layer: SparseLinear, target: Target, positions: Mapping[str, Tensor]) -> None:
+def finish_layer(layer: SparseLinear, positions: Mapping[str, Tensor], tiles: Tensor | None) -> None:
     """Give a layer, which has its values, the tensors that say where they belong, and make it ready to run.
 
     Args:
         layer: with ``values`` where they are to stay.
-        target: what the layer is to be.
-        positions: ``meta``, or ``bitmask`` and maybe ``row_offsets``, on the CPU.
+        positions: ``meta``, or ``bitmask`` and maybe ``row_offsets``, checked, on the CPU.
+        tiles: its tile offsets, where it has them.
 
     Raises:
-        TargetError: they are damaged.
+        TargetError: it has no values.
     """
-    if layer.values.device.type == "meta":
-        raise TargetError("its values were not loaded")
-    tiles = check_tensors(target, {"values": layer.values, **positions})
     device = layer.values.device
+    if device.type == "meta":
+        raise TargetError("its values were not loaded")
     for part, tensor in positions.items():
         setattr(layer, part, tensor.to(device))
-    layer.tile_offsets = None if tiles is None else tiles.to(device)
-    layer.adopt(default_plan(layer))
+    if tiles is not None:
+        layer.tile_offsets = tiles.to(device)
+    if (plan := default_plan(layer)) != layer.plan:
+        layer.adopt(plan)
 
 
 def check_zeros(layer: nn.Module, param: str, mask: Mask) -> None:
     """Raise a TargetError unless the weights that ``mask`` prunes are zero."""
     weight: Tensor = getattr(layer, param).detach()
+    if weight.is_meta:  # it stays on the disk
+        return
     if alive := int(((weight != 0) & ~mask.dense(weight.device)).sum()):
         raise TargetError(f"{alive} pruned weights are not zero")
 
 
 def attach_mask(layer: nn.Module, param: str, target: Target, bits: Tensor) -> Mask:
-    """Attach and return the mask of a weight that is stored dense.
-
-    Raises:
-        TargetError: the bits are damaged.
-    """
-    check_mask(target, bits)
+    """Attach and return the mask, checked, of a weight that is stored dense."""
     mask = Mask(bits, torch.Size(target.shape), target.cols, target.transposed, target.pattern)
     attach(layer, param, mask, zero=False)
     return mask

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers.quantizers.auto as table
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -157,3 +158,10 @@ def unmark_compressed(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(model, PreTrainedModel) and isinstance(quantizer, TrisparseQuantizer):
         quantizer.remove_quantization_config(model)
+
+
+if METHOD not in table.AUTO_QUANTIZER_MAPPING:
+    table.register_quantization_config(METHOD)(TrisparseConfig)
+    table.register_quantizer(METHOD)(TrisparseQuantizer)
+    # Without this, transformers ignores the TrisparseConfig that is given to from_pretrained.
+    table.LOADING_ATTRIBUTES_CONFIG_TYPES += (TrisparseConfig,)

@@ -27,6 +27,7 @@ from trisparse.sparsity.checkpoint.loading import attach_mask, check_zeros, fini
 from trisparse.sparsity.checkpoint.packing import empty_layer, replace
 from trisparse.sparsity.checkpoint.registration import register
 from trisparse.sparsity.checkpoint.target import TargetError, mask_names
+from trisparse.sparsity.checkpoint.validation import check_mask, check_positions
 from trisparse.sparsity.checkpoint.writer import Form
 from trisparse.sparsity.compression import compress
 from trisparse.sparsity.foreign.compressed_tensors import load_compressed_tensors, sparse_format
@@ -122,13 +123,16 @@ def _fill(model: nn.Module, path: Path, manifest: Manifest, *, dense: bool) -> N
             layer = model.get_submodule(owner)
             if name in holders:
                 found[name] = tensors.pop(holders[name])
+                check_mask(target, found[name])
                 continue
             if param != "weight" or not owner:
                 raise ValueError("only the weight of a layer inside the module is stored compressed")
             sparse = empty_layer(layer, target)
-            sparse.values = tensors.pop(f"{prefix}values")
+            sparse.values = tensors.pop(f"{prefix}values").to(sparse.values.dtype)
+            if tuple(sparse.values.shape) != target.tensors["values"][1]:
+                raise ValueError(f"values have shape {tuple(sparse.values.shape)}")
             positions = {part: tensors.pop(prefix + part) for part in target.tensors if part != "values"}
-            finish_layer(sparse, target, positions)
+            finish_layer(sparse, positions, check_positions(target, positions))
             made[name] = sparse
         except (KeyError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path / WEIGHTS_FILE} is damaged at {name}: {error}") from error

@@ -7,6 +7,7 @@ imported first. So :func:`register_on_import` waits for transformers to import i
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -16,17 +17,11 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Add the quantizer and its config to transformers' tables; a second call does nothing."""
-    import transformers.quantizers.auto as table
+    """Add the quantizer and its config to transformers' tables; a second call does nothing.
 
-    from trisparse.sparsity.checkpoint.quantizer import METHOD, TrisparseConfig, TrisparseQuantizer
-
-    if METHOD in table.AUTO_QUANTIZER_MAPPING:
-        return
-    table.register_quantization_config(METHOD)(TrisparseConfig)
-    table.register_quantizer(METHOD)(TrisparseQuantizer)
-    # Without this, transformers ignores the TrisparseConfig that is given to from_pretrained.
-    table.LOADING_ATTRIBUTES_CONFIG_TYPES += (TrisparseConfig,)
+    The module does it when it is imported, which may be under way: it imports transformers' table itself.
+    """
+    import_module("trisparse.sparsity.checkpoint.quantizer")
 
 
 def register_on_import() -> None:

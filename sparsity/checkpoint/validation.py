@@ -18,33 +18,33 @@ from trisparse.sparsity.checkpoint.target import Target, TargetError
 from trisparse.sparsity.mask import bits_sha256
 from trisparse.sparsity.pattern import NM
 
-Counts = npt.NDArray[np.int64]
+def check_positions(target: Target, positions: Mapping[str, Tensor]) -> Tensor | None:
+    """Check the tensors on the CPU that say which weights are kept; the mask must have the target's hash.
 
-
-def check_tensors(target: Target, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Check the tensors of a compressed weight (``values``, ``meta``, ...), whose mask must have the target's hash.
+    Args:
+        target: what they are to be.
+        positions: ``meta``, or ``bitmask`` and for format "bitmask" ``row_offsets``.
 
     Returns:
-        The tile offsets (kernels/compressed.py) of format "bitmask" on the CPU; None for the others.
+        The tile offsets (kernels/compressed.py) of format "bitmask"; None for the others.
 
     Raises:
         TargetError: what is wrong.
     """
     for part, (dtype, shape) in target.tensors.items():
-        tensor = tensors[part]
-        right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
-        if not right or tuple(tensor.shape) != shape:
-            raise TargetError(f"{part} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype or 'floating point'} {shape}")
+        if part != "values" and (positions[part].dtype != dtype or tuple(positions[part].shape) != shape):
+            found = positions[part]
+            raise TargetError(f"{part} is {found.dtype} {tuple(found.shape)}, not {dtype} {shape}")
     tiles = None
     if target.format == "2:4":
-        packed = packed_of_meta(tensors["meta"].cpu())
+        packed = packed_of_meta(positions["meta"])
     else:
-        packed = tensors["bitmask"].cpu()
+        packed = positions["bitmask"]
         _check_padding(target, packed)
         if target.format == "n:m":
             _check_groups(target, packed)
         else:
-            tiles = _check_offsets(target, packed, tensors["row_offsets"].cpu())
+            tiles = _check_offsets(target, packed, positions["row_offsets"])
     if bits_sha256(packed, target.shape, target.cols, target.transposed) != target.sha256:
         raise TargetError("the mask does not match its hash")
     return tiles
@@ -113,18 +113,21 @@ def _check_groups(target: Target, packed: Tensor) -> None:
 
 def _check_offsets(target: Target, packed: Tensor, row_offsets: Tensor) -> Tensor:
     """The tile offsets, after a check that ``row_offsets`` are those of the bitmask."""
-    rows, tiles = target.rows, -(-target.cols // TILE)
-    bits = packed.numpy()
-    if bits.shape[1] % (TILE // 8):
-        bits = np.pad(bits, ((0, 0), (0, tiles * TILE // 8 - bits.shape[1])))
-    words = np.bitwise_count(np.ascontiguousarray(bits).view(np.uint64))  # at most 64: uint8
-    counts = words.reshape(rows, tiles, 2).sum(2, dtype=np.int64)
-    before = counts.cumsum(1)
-    ends = before[:, -1].cumsum()
-    offsets = row_offsets.numpy()
-    if offsets[0] != 0 or not np.array_equal(offsets[1:], ends):
+    tiles = -(-target.cols // TILE)
+    bits = np.ascontiguousarray(packed.numpy())
+    if bits.shape[1] % 8:
+        bits = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8)))
+    words = np.bitwise_count(bits.view(np.uint64))
+    counts = words[:, ::2].copy()  # of each tile, two words: at most 128, which a byte holds
+    counts[:, : words.shape[1] // 2] += words[:, 1::2]
+    expected = np.zeros(target.rows + 1, dtype=np.int64)
+    np.cumsum(counts.sum(1, dtype=np.int64), out=expected[1:])
+    if not np.array_equal(row_offsets.numpy(), expected):
         raise TargetError("row_offsets do not fit the bitmask")
-    if int(offsets[-1]) != target.kept:
-        raise TargetError(f"the bitmask keeps {int(offsets[-1])} weights, not {target.kept}")
-    # Narrowing keeps the low 16 bits, which the kernels read as unsigned.
-    return torch.from_numpy(before - counts).to(tile_dtype(target.cols))
+    if int(expected[-1]) != target.kept:
+        raise TargetError(f"the bitmask keeps {int(expected[-1])} weights, not {target.kept}")
+    # Unsigned sums wrap: the low 16 bits are what the kernels read, as in kernels/compressed.py.
+    unsigned = np.uint16 if tile_dtype(target.cols) == torch.int16 else np.uint32
+    before = np.zeros((target.rows, tiles), dtype=unsigned)
+    np.cumsum(counts[:, :-1], axis=1, dtype=unsigned, out=before[:, 1:])
+    return torch.from_numpy(before).view(tile_dtype(target.cols))

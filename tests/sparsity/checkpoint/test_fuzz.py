@@ -85,7 +85,9 @@ def mutations():
     hostile = st.sampled_from([b"0", b"-1", b"99999999999999999999", b"1e400", b'"x"', b"null", b"[]", b"{}", b"true"])
     number = st.tuples(place, hostile).map(lambda a: lambda data: replaced_number(data, a[0], a[1]))
     block = st.tuples(place, st.binary(min_size=8, max_size=64)).map(lambda a: lambda data: block_at(data, *a))
-    return st.lists(st.one_of(flip, flip, header, number, number, cut, longer, block), min_size=1, max_size=3)
+    swap = st.tuples(place, place).map(lambda a: lambda data: swapped_names(data, *a))
+    one = st.one_of(flip, flip, header, number, number, swap, cut, longer, block)
+    return st.lists(one, min_size=1, max_size=3)
 
 
 def flipped(data, at, bit):
@@ -116,6 +118,19 @@ def replaced_number(data, share, number):
     match = found[int(share * len(found))]
     header = header[: match.start()] + number + header[match.end() :]
     return header if rest is None else struct.pack("<Q", len(header)) + header + rest
+
+
+def swapped_names(data, first, second):
+    """Exchange two names of one length, of tensors or settings."""
+    end = 8 + struct.unpack("<Q", data[:8])[0] if data[:1] != b"{" and len(data) > 8 else len(data)
+    names = sorted(set(re.findall(rb'"([^"]+)":', data[:end])))
+    if not names:
+        return data
+    one = names[int(first * len(names))]
+    alike = [name for name in names if len(name) == len(one)]
+    other = alike[int(second * len(alike))]
+    both = {b'"%b":' % one: b'"%b":' % other, b'"%b":' % other: b'"%b":' % one}
+    return re.sub(b"|".join(map(re.escape, both)), lambda match: both[match[0]], data[:end]) + data[end:]
 
 
 def damage(folder, draw):
