@@ -28,6 +28,7 @@ USUAL = 60
 EXAMPLES = int(os.environ.get("TRISPARSE_FUZZ_EXAMPLES", USUAL))
 VECTORS = Path(__file__).parent / "vectors"
 MEMORY = 1 << 30  # bytes more than before that no file of a few kB may take
+HASHED = ("two-four", "loose", "dense")
 REFUSED = (CheckpointError, MaskError)
 
 
@@ -153,8 +154,9 @@ def check(folder, expected, what):
     assert memory() - before < MEMORY, what
     assert time.monotonic() - start < 30, what
     if found is not None:
-        assert found[0] == expected[0], what
-        assert found[1] == expected[1] or what.endswith(".json"), what  # a pattern's name is not hashed
+        if folder.name in HASHED:
+            assert found[0] == expected[0], what
+            assert found[1] == expected[1] or what.endswith(".json"), what  # a pattern's name is not hashed
         assert {n: s for n, (s, _) in found[2].items()} == {n: s for n, (s, _) in expected[2].items()}, what
         assert found[3].keys() == expected[3].keys(), what
     return found
