@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from trisparse.sparsity.capture import BlocksNotChainedError
     from trisparse.sparsity.checkpoint import CheckpointError, TrisparseConfig, load, save
     from trisparse.sparsity.compression import CompressionReport, compress, decompress
+    from trisparse.sparsity.foreign.recover import recover_masks
     from trisparse.sparsity.linear import SparseLinear
     from trisparse.sparsity.mask import Mask, MaskError, check_masks, masks
     from trisparse.sparsity.metric import Metric
@@ -89,6 +90,7 @@ _HOME = {
     "retrain_vision": "retrain.vision",
     "prune_cycles": "retrain.cycles",
     "reconstruct": "retrain.reconstruct",
+    "recover_masks": "sparsity.foreign.recover",
     "save": "sparsity.checkpoint",
     "sparse_lora_modules": "retrain.sparse_lora_config",
     "sparsify": "sparsity.sparsify",
@@ -140,6 +142,7 @@ __all__ = [
     "perplexity",
     "prune_cycles",
     "reconstruct",
+    "recover_masks",
     "retrain",
     "retrain_vision",
     "save",

@@ -1,4 +1,4 @@
-"""The command line: prune, retrain, eval, inspect, metrics, search, env, demo and bench.
+"""The command line: prune, retrain, export, eval, inspect, metrics, search, env, demo and bench.
 
 Heavy imports happen inside the commands, so that ``trisparse --help`` answers at once.
 """
@@ -13,7 +13,9 @@ from trisparse.cli.options import app
 __all__ = ["app", "main"]
 
 # in the order that --help shows them
-for _commands in ("prune", "evaluate", "retrain", "search", "bench", "bench_run", "bench_papers", "bench_report"):
+for _commands in (
+    "prune", "evaluate", "retrain", "export", "search", "bench", "bench_run", "bench_papers", "bench_report"
+):  # fmt: skip
     import_module(f"trisparse.cli.{_commands}")
 
 

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from trisparse.cli.options import AsJson, Folder, Model, Out, Seed, SeqLen, app, load_model, locate_model, show
+from trisparse.cli.options import (
+    AsJson,
+    Folder,
+    Model,
+    Out,
+    RecoverMasks,
+    Seed,
+    SeqLen,
+    app,
+    load_model,
+    locate_model,
+    show,
+)
 
 
 @app.command()
@@ -50,6 +62,7 @@ def prune(
     hidden_states: Annotated[
         str, typer.Option(help="With --stream: memory or disk, where calibration keeps what flows between the blocks.")
     ] = "memory",
+    recover: RecoverMasks = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -63,6 +76,8 @@ def prune(
     check_output(out)
     if hidden_states != "memory" and not stream:
         raise ValueError("--hidden-states needs --stream")
+    if recover and stream:
+        raise ValueError("--recover-masks does not go with --stream: 'trisparse export --to trisparse' does it first")
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype not in dtypes:
         raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
@@ -95,7 +110,7 @@ def prune(
         else:
             from trisparse.sparsity.sparsify import sparsify
 
-            loaded, tokenizer, recipe = load_model(model)
+            loaded, tokenizer, recipe = load_model(model, recover=recover)
             if processes.count > 1:
                 loaded.to(own_device())
             report = sparsify(loaded, sparsity, method, text, tokenizer=tokenizer, **options)
@@ -127,9 +142,16 @@ def prune(
 
 @app.command()
 def inspect(folder: Folder, as_json: AsJson = False) -> None:
-    """Show and check the masks of a checkpoint: loads it, verifies the hash and that every pruned weight is zero."""
-    from trisparse.sparsity.checkpoint import load, read_info
+    """Show and check the masks of a checkpoint: loads it, verifies the hash and that every pruned weight is zero.
+
+    Of a folder that others wrote, show the pattern of the zeros of each weight.
+    """
+    from trisparse.sparsity.checkpoint import ADAPTERS_FILE, is_checkpoint, load, read_info
     from trisparse.sparsity.report import describe_masks
+
+    if folder.is_dir() and not is_checkpoint(folder) and not (folder / ADAPTERS_FILE).is_file():
+        _inspect_foreign(folder, as_json)
+        return
 
     info = read_info(folder)
     model = load(folder)
@@ -140,3 +162,17 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
     for step in info["recipe"]:
         text += "\n" + ", ".join(f"{k} {v}" for k, v in step.items() if v is not None)
     show({**info, "verified": True, "bytes": size}, text, as_json)
+
+
+def _inspect_foreign(folder: Path, as_json: bool) -> None:
+    from trisparse.sparsity.foreign.compressed_tensors import sparse_format
+    from trisparse.sparsity.foreign.survey import describe_survey, survey
+
+    named = sparse_format(folder)
+    rows = survey(folder)
+    if named is not None:
+        note = f"compressed-tensors {named}: every command takes the folder, with these masks"
+    else:
+        note = "a dense checkpoint, which has no masks: --recover-masks takes them from its zeros"
+    content = {"format": named or "dense", "weights": [row.to_dict() for row in rows]}
+    show(content, f"{describe_survey(rows)}\n{note}", as_json)
