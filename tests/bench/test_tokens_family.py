@@ -14,6 +14,7 @@ from trisparse.bench.families.decoding import Decoder, Gate, wide_logits
 from trisparse.bench.families.models import model_bytes, pruned
 from trisparse.bench.families.tokens import Sizes
 from trisparse.bench.registry import Options, benchmarks
+from trisparse.bench.training_steps import step_of
 from trisparse.sparsity.backends import BACKENDS
 from trisparse.sparsity.compression import compress
 
@@ -160,3 +161,31 @@ def test_a_model_on_a_gpu_is_of_llama_2_7b_s_shape():
 
     made = llama_2_7b(torch.bfloat16, torch.device("meta"))
     assert sum(param.numel() for param in made.parameters()) == 6_738_415_616
+
+
+def test_one_after_the_other_where_there_is_no_room_for_all(quick, monkeypatch):
+    monkeypatch.setattr(tokens.Family, "_room_for_training", lambda self: False)
+    (row,) = quick(only="training")
+    assert row.parameters["interleaved"] is False
+    assert list(row.seconds) == list(row.metrics) == list(tokens.TRAINING)
+
+
+def test_what_has_no_room_is_left_out_and_said(quick, monkeypatch, capsys):
+    def decoder(model, ids, new):
+        if any(type(module).__name__ == "SparseLinear" for module in model.modules()):
+            raise torch.OutOfMemoryError("no room")
+        return Decoder(model, ids, new)
+
+    def step(kind, model, **how):
+        if kind == "full":
+            raise torch.OutOfMemoryError("no room")
+        return step_of(kind, model, **how)
+
+    monkeypatch.setattr(tokens, "Decoder", decoder)
+    monkeypatch.setattr(tokens, "step_of", step)
+    _, decode, training = quick()
+    assert list(decode.seconds) == list(decode.metrics) == ["dense", "masked dense"]
+    assert list(training.seconds) == list(training.metrics) == ["PERP", "norms only", "PERP, compressed"]
+    said = capsys.readouterr().err
+    assert "decode 2x6, 2:4: compressed is left out, the device has no memory for it" in said
+    assert "training 1x8, 2:4: full is left out" in said
