@@ -8,9 +8,9 @@ x [..., cols], W [rows, cols] compressed (kernels/compressed.py), bias [rows], A
     dx = dy W + scale (dy B) A,   dA = scale (dy B)^T x,   dB = scale dy^T (x A^T),   dbias = sum of dy over tokens
 
 dy B comes with dx from one kernel, x A^T is kept from the forward. Every sum has a fixed order: the same input gives
-the same bits. On the CPU, a weight of up to `_WHOLE` weights is dense while its product runs, which is torch's own: y has
-the bits that a dense layer gives, so that greedy generation gives the same tokens. Of a larger one, and in the
-backward, `_CHUNK` weights are dense at a time. Source of the adapter: Hu et al. 2022, https://arxiv.org/abs/2106.09685,
+the same bits. On the CPU, a layer of up to `_WHOLE` weights is dense while it is multiplied, by torch's own product: y
+has the bits of a dense layer, so that greedy generation gives the same tokens. Of a larger one, and in the backward,
+`_CHUNK` weights are dense at a time. Source of the adapter: Hu et al. 2022, https://arxiv.org/abs/2106.09685,
 section 4.1.
 """
 

@@ -1,7 +1,7 @@
 """Telling PEFT of compressed layers and of the variants, once, without importing PEFT for it.
 
-After ``import trisparse``, ``PeftModel.from_pretrained(model, folder)`` reads our adapters as what they are, and PEFT's own
-``LoraConfig`` works on compressed layers. PEFT has a table of neither: an adapter's config is of the class that its
+After ``import trisparse``, ``PeftModel.from_pretrained(model, folder)`` reads our adapters as what they are, and PEFT's
+own ``LoraConfig`` works on compressed layers. PEFT has a table of neither: an adapter's config is of the class that its
 ``peft_type`` names ("LORA" here, so that every PEFT reads the file), which would drop the variant and compute another
 product; and layer types can be added to one config at a time only. And it merges a LoRA of an output head into the
 embedding too, where they share a weight. So a few functions of PEFT are wrapped.
@@ -84,7 +84,7 @@ def _untie_head(model: Any, kind: type) -> None:
     if is_tied(model, name):
         added = untie(model, name, layer)
         warnings.warn(
-            f"{name} shared the weight of the embedding, which a merge would change as well: it has one of its own now, "
-            f"{added:,} parameters more",
+            f"{name} shared the weight of the embedding, which a merge would change as well: it has one of its own "
+            f"now, {added:,} parameters more",
             stacklevel=3,
         )

@@ -37,7 +37,8 @@ def document_windows(
     if not hasattr(data, "__len__"):
         data = list(_long_rows(data, encode, seq_len, _SPARE * samples))
         encode = _as_they_are
-    windows, short = [], set()
+    windows: list[list[int]] = []
+    short: set[int] = set()
     while len(windows) < samples:
         if len(short) == len(data):
             raise ValueError(f"data is too short: none of its {len(data)} documents is longer than seq_len={seq_len}")

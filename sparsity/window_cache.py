@@ -1,7 +1,7 @@
 """Windows of tokens that were cut before: kept in the cache folder under a hash of all that they depend on.
 
-A file holds the token ids of one call of ``token_windows``, as safetensors with a hash of its own; what it was cut from is
-not in it, but can be read from the ids. ``$TRISPARSE_CACHE_WINDOWS=0`` switches the cache off.
+A file holds the token ids of one call of ``token_windows``, as safetensors with a hash of its own: whoever has it and
+the tokenizer can read the text. ``$TRISPARSE_CACHE_WINDOWS=0`` switches the cache off.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str | None:
     if tokenizer is None:
         return "none"
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not hasattr(backend, "to_str"):
+    if backend is None or not hasattr(backend, "to_str"):
         return None
     state = json.loads(backend.to_str())
     for passing in ("truncation", "padding"):  # of the last call

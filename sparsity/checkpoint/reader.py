@@ -23,8 +23,8 @@ from trisparse.sparsity.checkpoint.files import (
 )
 from trisparse.sparsity.checkpoint.headers import read_headers, weight_files
 from trisparse.sparsity.checkpoint.info import Manifest, read_info, read_manifest
-from trisparse.sparsity.checkpoint.loading import attach_mask, check_zeros, finish_layer
-from trisparse.sparsity.checkpoint.packing import empty_layer, replace
+from trisparse.sparsity.checkpoint.loading import attach_mask, check_zeros
+from trisparse.sparsity.checkpoint.packing import empty_layer, fill, replace
 from trisparse.sparsity.checkpoint.registration import register
 from trisparse.sparsity.checkpoint.target import TargetError, mask_names
 from trisparse.sparsity.checkpoint.validation import check_mask, check_positions
@@ -127,13 +127,12 @@ def _fill(model: nn.Module, path: Path, manifest: Manifest, *, dense: bool) -> N
                 continue
             if param != "weight" or not owner:
                 raise ValueError("only the weight of a layer inside the module is stored compressed")
-            sparse = empty_layer(layer, target)
-            sparse.values = tensors.pop(f"{prefix}values").to(sparse.values.dtype)
-            if tuple(sparse.values.shape) != target.tensors["values"][1]:
-                raise ValueError(f"values have shape {tuple(sparse.values.shape)}")
+            empty = empty_layer(layer, target)
+            empty.values = tensors.pop(f"{prefix}values").to(empty.dtype)
+            if tuple(empty.values.shape) != target.tensors["values"][1]:
+                raise ValueError(f"values have shape {tuple(empty.values.shape)}")
             positions = {part: tensors.pop(prefix + part) for part in target.tensors if part != "values"}
-            finish_layer(sparse, positions, check_positions(target, positions))
-            made[name] = sparse
+            made[name] = fill(empty, positions, check_positions(target, positions))
         except (KeyError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path / WEIGHTS_FILE} is damaged at {name}: {error}") from error
     for name, sparse in made.items():

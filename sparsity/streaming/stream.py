@@ -77,8 +77,8 @@ def stream_sparsify(
         folder: a Hugging Face folder with safetensors, or a checkpoint of ours, whose masks are then replaced.
         out: a new folder, an empty one, or an earlier checkpoint of ours, which is replaced at the end; neither
             ``folder`` nor inside of it, nor around it.
-        sparsity, method, data, include, exclude, samples, seq_len, seed, sampling, propagate, dtype, update, damping: as
-            in ``sparsify``.
+        sparsity, method, data, include, exclude, samples, seq_len, seed, sampling, propagate, dtype, update, damping:
+            as in ``sparsify``.
         tokenizer: for text; saved alongside.
         gradients: a file of G, for a metric that reads G.
         allocation: as in ``sparsify``; one that goes by the shapes alone.

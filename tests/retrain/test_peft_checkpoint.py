@@ -1,4 +1,4 @@
-"""Adapters on checkpoints, by PEFT's own functions: after ``import trisparse`` they know variants and compressed layers."""
+"""Adapters on checkpoints, by PEFT's own functions, which know variants and compressed layers by ``import trisparse``."""
 
 from __future__ import annotations
 
