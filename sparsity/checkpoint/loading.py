@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trisparse.sparsity.backends import default_plan
 from trisparse.sparsity.checkpoint.architecture import check_size
 from trisparse.sparsity.checkpoint.files import CheckpointError
 from trisparse.sparsity.checkpoint.headers import StoredTensor, read_headers, weight_files
 from trisparse.sparsity.checkpoint.info import Manifest
-from trisparse.sparsity.checkpoint.packing import empty_layer, replace, tensor_names
+from trisparse.sparsity.checkpoint.packing import EmptyLayer, empty_layer, fill, replace, tensor_names
 from trisparse.sparsity.checkpoint.target import MASKS_PREFIX, Target, TargetError, mask_names
 from trisparse.sparsity.checkpoint.validation import check_mask, check_positions
-from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import Mask, attach
 
 Positions = tuple[dict[str, Tensor], Tensor | None]  # a weight's tensors without its values, and its tile offsets
@@ -80,8 +78,6 @@ class Loading:
             made = empty_layer(layer, target)
         except ValueError as error:
             raise CheckpointError(f"{name} cannot be compressed: {error}") from error
-        made.positions = made.row_offsets = made.tile_offsets = None  # type: ignore[assignment]
-        made._is_hf_initialized = True  # type: ignore[assignment]  # nothing is left to be drawn at random
         replace(self._model, path, made)
         return made
 
@@ -113,10 +109,9 @@ class Loading:
             path, _, param = weight.own.rpartition(".")
             layer = weight.layer
             try:
-                if isinstance(layer, SparseLinear):
-                    finish_layer(layer, tensors, tiles)
-                    if dense:
-                        replace(self._model, path, layer.to_dense())
+                if isinstance(layer, EmptyLayer):
+                    sparse = fill(layer, tensors, tiles)
+                    replace(self._model, path, sparse.to_dense() if dense else sparse)
                 else:
                     check_zeros(layer, param, attach_mask(layer, param, weight.target, tensors["mask"]))
             except TargetError as error:
@@ -132,28 +127,6 @@ class _Weight:
     target: Target
     layer: nn.Module
     positions: Future[Positions]
-
-
-def finish_layer(layer: SparseLinear, positions: Mapping[str, Tensor], tiles: Tensor | None) -> None:
-    """Give a layer, which has its values, the tensors that say where they belong, and make it ready to run.
-
-    Args:
-        layer: with ``values`` where they are to stay.
-        positions: ``meta``, or ``bitmask`` and maybe ``row_offsets``, checked, on the CPU.
-        tiles: its tile offsets, where it has them.
-
-    Raises:
-        TargetError: it has no values.
-    """
-    device = layer.values.device
-    if device.type == "meta":
-        raise TargetError("its values were not loaded")
-    for part, tensor in positions.items():
-        setattr(layer, part, tensor.to(device))
-    if tiles is not None:
-        layer.tile_offsets = tiles.to(device)
-    if (plan := default_plan(layer)) != layer.plan:
-        layer.adopt(plan)
 
 
 def check_zeros(layer: nn.Module, param: str, mask: Mask) -> None:

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trisparse.kernels.compressed import compress
 from trisparse.kernels.score import DTYPES
-from trisparse.sparsity.checkpoint.target import Target, mask_names
+from trisparse.sparsity.backends import default_plan
+from trisparse.sparsity.checkpoint.target import Target, TargetError, mask_names
 from trisparse.sparsity.linear import SparseLinear, storage_format
 from trisparse.sparsity.mask import Mask, masks, to_matrix
 from trisparse.sparsity.pattern import Pattern
@@ -79,8 +80,23 @@ def unpack_dense(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def empty_layer(layer: nn.Module, target: Target) -> SparseLinear:
-    """A SparseLinear on the meta device for the tensors of ``target``, in place of ``layer``; takes its bias.
+class EmptyLayer(nn.Module):
+    """Stands in for a SparseLinear while transformers loads its values and bias; :func:`fill` makes one of it."""
+
+    values: Tensor
+
+    def __init__(self, target: Target, dtype: torch.dtype, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.target, self.dtype = target, dtype
+        self.register_buffer("values", torch.empty(target.tensors["values"][1], dtype=dtype, device="meta"))
+        self.bias = bias
+        # What draws missing weights at random asks some models' layers for this, and leaves what is marked alone.
+        self.weight = torch.empty(0)
+        self._is_hf_initialized = self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def empty_layer(layer: nn.Module, target: Target) -> EmptyLayer:
+    """A layer without values for the tensors of ``target``, in place of ``layer``; takes its bias.
 
     Raises:
         ValueError: ``layer`` is no linear layer of the shape of ``target``.
@@ -89,13 +105,30 @@ def empty_layer(layer: nn.Module, target: Target) -> SparseLinear:
         raise ValueError(f"a {type(layer).__name__} has no compressed form")
     if tuple(layer.weight.shape) != target.shape or isinstance(layer, Conv1D) != target.transposed:
         raise ValueError(f"the model's weight has shape {tuple(layer.weight.shape)}, the file's {target.shape}")
-    made = _twin(
-        target.cols, target.rows, target.pattern, "Conv1D" if target.transposed else "Linear", layer.weight.dtype
-    )
-    if target.format == "bitmask":
-        made.values = torch.empty(target.kept, dtype=layer.weight.dtype, device="meta")
-    made.bias = layer.bias
-    made.training = layer.training
+    return EmptyLayer(target, layer.weight.dtype, layer.bias)
+
+
+def fill(layer: EmptyLayer, positions: Mapping[str, Tensor], tiles: Tensor | None) -> SparseLinear:
+    """The SparseLinear with the values of ``layer``.
+
+    Args:
+        layer: with ``values`` where they are to stay.
+        positions: ``meta``, or ``bitmask`` and maybe ``row_offsets``, checked, on the CPU.
+        tiles: its tile offsets, where it has them.
+
+    Raises:
+        TargetError: it has no values.
+    """
+    target, device = layer.target, layer.values.device
+    if device.type == "meta":
+        raise TargetError("its values were not loaded")
+    made = _twin(target.cols, target.rows, target.pattern, "Conv1D" if target.transposed else "Linear", layer.dtype)
+    made.values, made.bias, made.training = layer.values, layer.bias, layer.training
+    for part, tensor in positions.items():
+        setattr(made, part, tensor.to(device))
+    made.tile_offsets = None if tiles is None else tiles.to(device)
+    if (plan := default_plan(made)) != made.plan:
+        made.adopt(plan)
     return made
 
 

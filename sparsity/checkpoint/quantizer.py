@@ -103,12 +103,12 @@ class TrisparseQuantizer(HfQuantizer):
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes of an element for the device map, with the indices, which are not in the model while it is planned."""
-        from trisparse.sparsity.linear import SparseLinear
+        from trisparse.sparsity.checkpoint.packing import EmptyLayer
 
         size: float = super().param_element_size(model, param_name, param)
         path, _, name = param_name.rpartition(".")
-        if name == "values" and param.numel() and isinstance(layer := model.get_submodule(path), SparseLinear):
-            size += layer.out_features * layer.in_features / 8 / param.numel()
+        if name == "values" and param.numel() and isinstance(layer := model.get_submodule(path), EmptyLayer):
+            size += layer.target.rows * layer.target.cols / 8 / param.numel()
         return size
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:

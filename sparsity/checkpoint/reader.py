@@ -23,8 +23,8 @@ from trisparse.sparsity.checkpoint.files import (
 )
 from trisparse.sparsity.checkpoint.headers import read_headers, weight_files
 from trisparse.sparsity.checkpoint.info import Manifest, read_info, read_manifest
-from trisparse.sparsity.checkpoint.loading import attach_mask, check_zeros, finish_layer
-from trisparse.sparsity.checkpoint.packing import empty_layer, replace
+from trisparse.sparsity.checkpoint.loading import attach_mask, check_zeros
+from trisparse.sparsity.checkpoint.packing import empty_layer, fill, replace
 from trisparse.sparsity.checkpoint.registration import register
 from trisparse.sparsity.checkpoint.target import TargetError, mask_names
 from trisparse.sparsity.checkpoint.validation import check_mask, check_positions
@@ -127,13 +127,12 @@ def _fill(model: nn.Module, path: Path, manifest: Manifest, *, dense: bool) -> N
                 continue
             if param != "weight" or not owner:
                 raise ValueError("only the weight of a layer inside the module is stored compressed")
-            sparse = empty_layer(layer, target)
-            sparse.values = tensors.pop(f"{prefix}values").to(sparse.values.dtype)
-            if tuple(sparse.values.shape) != target.tensors["values"][1]:
-                raise ValueError(f"values have shape {tuple(sparse.values.shape)}")
+            empty = empty_layer(layer, target)
+            empty.values = tensors.pop(f"{prefix}values").to(empty.dtype)
+            if tuple(empty.values.shape) != target.tensors["values"][1]:
+                raise ValueError(f"values have shape {tuple(empty.values.shape)}")
             positions = {part: tensors.pop(prefix + part) for part in target.tensors if part != "values"}
-            finish_layer(sparse, positions, check_positions(target, positions))
-            made[name] = sparse
+            made[name] = fill(empty, positions, check_positions(target, positions))
         except (KeyError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path / WEIGHTS_FILE} is damaged at {name}: {error}") from error
     for name, sparse in made.items():
@@ -181,10 +180,9 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
         settings["dense"] = dense  # the quantizer checks the size
     else:
         check_size(empty_model(model_class, config, path), [tensor.shape for tensor in stored.values()], path)
-    model: PreTrainedModel
     try:
         with quiet_transformers():
-            model, loading = model_class.from_pretrained(
+            made: Any = model_class.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype or "auto",
@@ -196,8 +194,9 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
         raise
     except Exception as error:  # what a config breaks in a model may raise anything
         raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
+    model: PreTrainedModel = made[0]
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := loading.get(what):
+        if keys := made[1].get(what):
             listed = ", ".join(sorted(map(str, keys))[:3])
             raise CheckpointError(
                 f"the weights in {path} do not fit {model_class.__name__}: {what.replace('_', ' ')} {listed}"
