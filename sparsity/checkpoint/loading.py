@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trisparse.sparsity.checkpoint.architecture import check_size
 from trisparse.sparsity.checkpoint.files import CheckpointError
 from trisparse.sparsity.checkpoint.headers import StoredTensor, read_headers, weight_files
 from trisparse.sparsity.checkpoint.info import Manifest

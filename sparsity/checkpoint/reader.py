@@ -180,10 +180,9 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
         settings["dense"] = dense  # the quantizer checks the size
     else:
         check_size(empty_model(model_class, config, path), [tensor.shape for tensor in stored.values()], path)
-    model: PreTrainedModel
     try:
         with quiet_transformers():
-            model, loading = model_class.from_pretrained(
+            made: Any = model_class.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype or "auto",
@@ -195,8 +194,9 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
         raise
     except Exception as error:  # what a config breaks in a model may raise anything
         raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
+    model: PreTrainedModel = made[0]
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := loading.get(what):
+        if keys := made[1].get(what):
             listed = ", ".join(sorted(map(str, keys))[:3])
             raise CheckpointError(
                 f"the weights in {path} do not fit {model_class.__name__}: {what.replace('_', ' ')} {listed}"

@@ -2,7 +2,8 @@
 
 TRISPARSE_FUZZ_EXAMPLES is the number of damaged folders of each form; the nightly workflow tries many more. What a
 checkpoint does not hash is the values of its weights: a flipped bit in them gives another number of the same place, as
-in any file of safetensors. All else must be as saved: which weights are kept, and every shape and name.
+in any file of safetensors. All else must be as saved: which weights are kept, and every shape and name. The formats
+of others have no hash of their masks either: of these, bits that still make up a mask of the format are taken.
 """
 
 import os
