@@ -1,4 +1,4 @@
-"""Adapters on checkpoints, by PEFT's own functions, which know variants and compressed layers by ``import trisparse``."""
+"""Adapters on checkpoints, by PEFT's own functions, which know variants and compressed layers then."""
 
 from __future__ import annotations
 
