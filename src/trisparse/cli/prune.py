@@ -1,4 +1,4 @@
-"""The commands prune, eval and inspect."""
+"""The commands prune and inspect."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from trisparse.cli.options import AsJson, Data, Folder, Model, Out, Seed, SeqLen, app, load_model, locate_model, show
+from trisparse.cli.options import (
+    AsJson,
+    Folder,
+    Model,
+    Out,
+    RecoverMasks,
+    Seed,
+    SeqLen,
+    app,
+    load_model,
+    locate_model,
+    show,
+)
 
 
 @app.command()
@@ -23,6 +35,9 @@ def prune(
     data: Annotated[str | None, typer.Option(help="Calibration data; see 'trisparse eval --help'.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: SeqLen = None,
+    sampling: Annotated[
+        str, typer.Option(help="windows of the joined text, or documents: a place in random long rows, as Wanda on C4.")
+    ] = "windows",
     include: Annotated[list[str] | None, typer.Option(help="Weights to prune (shell pattern; repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Weights to leave out (shell pattern; repeatable).")] = None,
     propagate: Annotated[str, typer.Option(help="block, dense or linear.")] = "block",
@@ -47,6 +62,7 @@ def prune(
     hidden_states: Annotated[
         str, typer.Option(help="With --stream: memory or disk, where calibration keeps what flows between the blocks.")
     ] = "memory",
+    recover: RecoverMasks = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -60,6 +76,8 @@ def prune(
     check_output(out)
     if hidden_states != "memory" and not stream:
         raise ValueError("--hidden-states needs --stream")
+    if recover and stream:
+        raise ValueError("--recover-masks does not go with --stream: 'trisparse export --to trisparse' does it first")
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype not in dtypes:
         raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
@@ -71,6 +89,7 @@ def prune(
             "samples": samples,
             "seq_len": seq_len,
             "seed": seed,
+            "sampling": sampling,
             "propagate": propagate,
             "gradients": gradients,
             "allocation": allocation,
@@ -91,7 +110,7 @@ def prune(
         else:
             from trisparse.sparsity.sparsify import sparsify
 
-            loaded, tokenizer, recipe = load_model(model)
+            loaded, tokenizer, recipe = load_model(model, recover=recover)
             if processes.count > 1:
                 loaded.to(own_device())
             report = sparsify(loaded, sparsity, method, text, tokenizer=tokenizer, **options)
@@ -113,38 +132,26 @@ def prune(
             step = {"step": "prune", "data": data, "seed": seed, **{key: content[key] for key in done}}
             if report.update is not None:
                 step |= {"damping": damping}
+            if data is not None and sampling != "windows":
+                step |= {"sampling": sampling}
             if dtype != "auto":
                 step |= {"dtype": dtype}
             save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, step])
     show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
 
 
-@app.command("eval")
-def evaluate(
-    model: Model,
-    data: Data,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the perplexity of a model."""
-    from trisparse.sparsity.perplexity import perplexity
-    from trisparse.sparsity.progress import counting_bar
-    from trisparse.sparsity.text import load_text
-
-    text = load_text(data, split="test")
-    loaded, tokenizer, _ = load_model(model)
-    with counting_bar("perplexity") as progress:
-        value = perplexity(loaded, text, tokenizer=tokenizer, seq_len=seq_len, max_tokens=max_tokens, progress=progress)
-    result = {"model": model, "data": data, "seq_len": seq_len, "max_tokens": max_tokens, "perplexity": value}
-    show(result, f"perplexity {value:.3f}", as_json)
-
-
 @app.command()
 def inspect(folder: Folder, as_json: AsJson = False) -> None:
-    """Show and check the masks of a checkpoint: loads it, verifies the hash and that every pruned weight is zero."""
-    from trisparse.sparsity.checkpoint import load, read_info
+    """Show and check the masks of a checkpoint: loads it, verifies the hash and that every pruned weight is zero.
+
+    Of a folder that others wrote, show the pattern of the zeros of each weight.
+    """
+    from trisparse.sparsity.checkpoint import ADAPTERS_FILE, is_checkpoint, load, read_info
     from trisparse.sparsity.report import describe_masks
+
+    if folder.is_dir() and not is_checkpoint(folder) and not (folder / ADAPTERS_FILE).is_file():
+        _inspect_foreign(folder, as_json)
+        return
 
     info = read_info(folder)
     model = load(folder)
@@ -155,3 +162,17 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
     for step in info["recipe"]:
         text += "\n" + ", ".join(f"{k} {v}" for k, v in step.items() if v is not None)
     show({**info, "verified": True, "bytes": size}, text, as_json)
+
+
+def _inspect_foreign(folder: Path, as_json: bool) -> None:
+    from trisparse.sparsity.foreign.compressed_tensors import sparse_format
+    from trisparse.sparsity.foreign.survey import describe_survey, survey
+
+    named = sparse_format(folder)
+    rows = survey(folder)
+    if named is not None:
+        note = f"compressed-tensors {named}: every command takes the folder, with these masks"
+    else:
+        note = "a dense checkpoint, which has no masks: --recover-masks takes them from its zeros"
+    content = {"format": named or "dense", "weights": [row.to_dict() for row in rows]}
+    show(content, f"{describe_survey(rows)}\n{note}", as_json)

@@ -43,6 +43,13 @@ def retrain(
         str | None, typer.Option(help="Held-out data, like --data, to measure before and after.")
     ] = None,
     validation_windows: Annotated[int | None, typer.Option(help="Windows of a held-out text; 100.")] = None,
+    recover_masks: Annotated[
+        bool | None,
+        typer.Option(
+            "--recover-masks/--no-recover-masks",
+            help="Take the masks of a dense model that others pruned from its zeros (not for vision).",
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default the process's GPU, if any.")] = None,
     groups: Annotated[
         str | None,

@@ -6,7 +6,7 @@ from typing import Any
 
 from trisparse.cli.config_file import section_of
 from trisparse.cli.options import load_model, show
-from trisparse.cli.retrain_job import COMMON, HELD_OUT, Job, unused, used_settings
+from trisparse.cli.retrain_job import COMMON, HELD_OUT, RECOVER, Job, unused, used_settings
 from trisparse.cli.retrain_perp import perp_config, tell_resume, with_sharding
 
 
@@ -22,7 +22,8 @@ def section() -> dict[str, Any]:
         "retraining": section_of(PERPConfig),
         "freezing": section_of(GradualFreezing),
     }
-    return {**section_of(CyclesConfig), **nested, **COMMON, **HELD_OUT, "sparsity": "str | float", "calibration": "str"}
+    own = {"sparsity": "str | float", "calibration": "str"}
+    return {**section_of(CyclesConfig), **nested, **COMMON, **RECOVER, **HELD_OUT, **own}
 
 
 def run(job: Job) -> None:
@@ -53,7 +54,7 @@ def run(job: Job) -> None:
     text = None if job.dry_run or job.data is None else load_text(job.data, split="train")
     calibrated = None if job.dry_run or calibration is None else load_text(calibration, split="calibration")
     held_out = None if job.dry_run or job.validation is None else load_text(job.validation, split="validation")
-    model, tokenizer, recipe = load_model(job.model)
+    model, tokenizer, recipe = load_model(job.model, recover=job.recover_masks)
     model.to(where)
     dense = None if teacher is None else load_model(teacher)[0].to(where)
     if job.dry_run:

@@ -10,6 +10,7 @@ from typing import Any
 
 # keys of the YAML file and options, beside those of the form
 COMMON = {"data": "str | None", "out": "str | None", "device": "str | None"}
+RECOVER = {"recover_masks": "bool"}
 HELD_OUT = {"validation": "str | None", "validation_windows": "int"}
 
 
@@ -24,6 +25,7 @@ class Job:
         validation_windows: of the validation text.
         out: folder of the result.
         device: to work on.
+        recover_masks: whether the masks are taken from the model's zeros.
         dry_run, as_json: what to print.
     """
 
@@ -34,6 +36,7 @@ class Job:
     validation_windows: int
     out: Path | None
     device: str | None
+    recover_masks: bool
     dry_run: bool
     as_json: bool
 
@@ -49,6 +52,7 @@ class Job:
             validation_windows=own.pop("validation_windows", 100),
             out=None if out is None else Path(out),
             device=own.pop("device", None),
+            recover_masks=own.pop("recover_masks", False),
             settings=own,
             dry_run=dry_run,
             as_json=as_json,

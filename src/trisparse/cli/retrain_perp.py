@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from trisparse.cli.config_file import section_of
-from trisparse.cli.options import load_model, show
-from trisparse.cli.retrain_job import COMMON, HELD_OUT, Job, unused, used_settings, with_groups
+from trisparse.cli.options import check_pruned, load_model, show
+from trisparse.cli.retrain_job import COMMON, HELD_OUT, RECOVER, Job, unused, used_settings, with_groups
 
 
 def section() -> dict[str, Any]:
     """What a YAML file of this form may hold."""
     from trisparse.retrain.perp import PERPConfig
 
-    return {**section_of(PERPConfig), **COMMON, **HELD_OUT, "teacher": "str | None"}
+    return {**section_of(PERPConfig), **COMMON, **RECOVER, **HELD_OUT, "teacher": "str | None"}
 
 
 def perp_config(settings: dict[str, Any]) -> Any:
@@ -62,7 +62,7 @@ def run(job: Job) -> None:
     from trisparse.retrain.estimate import retraining_plan
     from trisparse.retrain.perp import retrain
     from trisparse.retrain.processes import is_main_process
-    from trisparse.sparsity.checkpoint import read_info, save
+    from trisparse.sparsity.checkpoint import save
     from trisparse.sparsity.data import token_windows
     from trisparse.sparsity.text import load_text
 
@@ -70,14 +70,16 @@ def run(job: Job) -> None:
     teacher = settings.pop("teacher", None)
     options = perp_config(settings)
     options, where = with_sharding(options, job)
-    read_info(job.model)
+    check_pruned(job.model, recover=job.recover_masks)
     job.check(options.output_dir, options.report_to)
+    if job.recover_masks and not options.merge:
+        raise ValueError("--no-merge needs a base with masks: 'trisparse export --to trisparse' recovers them first")
     if job.out is not None and not options.merge:
         check_apart(job.out, job.model)
     tell_resume(options)
     text = None if job.dry_run or job.data is None else load_text(job.data, split="train")
     held_out = None if job.dry_run or job.validation is None else load_text(job.validation, split="validation")
-    model, tokenizer, recipe = load_model(job.model)
+    model, tokenizer, recipe = load_model(job.model, recover=job.recover_masks)
     model.to(where)
     dense = None if teacher is None else load_model(teacher)[0].to(where)
     if job.dry_run:

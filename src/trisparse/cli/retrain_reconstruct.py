@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from trisparse.cli.config_file import section_of
-from trisparse.cli.options import load_model, show
-from trisparse.cli.retrain_job import COMMON, Job, used_settings, with_groups
+from trisparse.cli.options import check_pruned, load_model, show
+from trisparse.cli.retrain_job import COMMON, RECOVER, Job, used_settings, with_groups
 
 
 def section() -> dict[str, Any]:
     """What a YAML file of this form may hold."""
     from trisparse.retrain.reconstruct import ReconstructConfig
 
-    return {**section_of(ReconstructConfig), **COMMON, "dense": "str"}
+    return {**section_of(ReconstructConfig), **COMMON, **RECOVER, "dense": "str"}
 
 
 def run(job: Job) -> None:
@@ -23,7 +23,7 @@ def run(job: Job) -> None:
     from trisparse.retrain.plans import reconstruction_plan
     from trisparse.retrain.processes import process_count
     from trisparse.retrain.reconstruct import ReconstructConfig, reconstruct
-    from trisparse.sparsity.checkpoint import read_info, save
+    from trisparse.sparsity.checkpoint import save
     from trisparse.sparsity.text import load_text
 
     settings = with_groups(job.settings, RECONSTRUCT_PRESETS, GROUPS)
@@ -33,10 +33,10 @@ def run(job: Job) -> None:
         raise ValueError(f"reconstruct runs in one process, got {process_count()}: start it without a launcher")
     if dense is None and not job.dry_run:
         raise ValueError("reconstruct needs --dense: the model before pruning")
-    read_info(job.model)
+    check_pruned(job.model, recover=job.recover_masks)
     job.check()
     text = None if job.dry_run or job.data is None else load_text(job.data, split="calibration")
-    model, tokenizer, recipe = load_model(job.model)
+    model, tokenizer, recipe = load_model(job.model, recover=job.recover_masks)
     model.to(job.where())
     if job.dry_run:
         plan = reconstruction_plan(model, options)

@@ -185,7 +185,7 @@ def test_a_plain_module(tmp_path, form):
     assert read_info(path)["recipe"] == [{"step": "prune"}]
     with pytest.raises(CheckpointError, match=r"pass an instance of it as load\(path, into=...\)"):
         load(path)
-    with pytest.raises(CheckpointError, match="cannot be stored|damaged at|does not fit"):
+    with pytest.raises(CheckpointError, match=r"damaged at 0\.weight: .*has shape"):
         load(path, into=nn.Sequential(nn.Linear(3, 3)))
 
 
@@ -237,7 +237,7 @@ def test_the_model_card(pruned, tmp_path):
     assert "every tool" in (save(pruned, tmp_path / "pruned", form="dense") / "README.md").read_text()
 
 
-@pytest.mark.parametrize("first", ["trisparse", "transformers.quantizers.auto", "trisparse.sparsity.compression"])
+@pytest.mark.parametrize("first", ["trisparse", "trisparse.sparsity.compression"])
 def test_the_format_is_known_whatever_is_imported_first(first):
     code = f"import {first}, sys; import trisparse; light = 'torch' not in sys.modules; import transformers.quantizers"
     code += ".auto as table; print(light, 'trisparse' in table.AUTO_QUANTIZER_MAPPING, 'trisparse' in table."

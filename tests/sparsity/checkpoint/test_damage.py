@@ -1,6 +1,7 @@
 """Damaged, truncated and hostile checkpoints: a CheckpointError that names the file and the tensor, never a model."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -100,7 +101,10 @@ CASES = {
         set_to("model.layers.1.mlp.up_proj.weight", lambda w: w.fill_(1)),
         r"layers\.1\.mlp\.up_proj\.weight: \d+ pruned weights are not zero",
     ),
-    "truncated": (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-8]), "bytes"),
+    "truncated": (
+        lambda p: os.truncate(p / "model.safetensors", os.path.getsize(p / "model.safetensors") - 8),
+        "bytes",
+    ),
     "empty": (lambda p: (p / "model.safetensors").write_bytes(b""), "cannot be read"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "cannot be read"),
     "a huge header": (lambda p: (p / "model.safetensors").write_bytes(b"\xff" * 64), "does not fit the file"),
@@ -121,7 +125,7 @@ CASES = {
     "another shape": (entry(UP, shape=[16, 16], kept=128), "do not match|has shape|it is torch"),
     "a recipe that is none": (config(lambda c: c.update(recipe=3)), "recipe is no list"),
     "a duplicate key": (
-        lambda p: (p / "config.json").write_text('{"a": 1, "a": 2, "quantization_config": {"quant_method": "trisparse"}}'),
+        lambda p: (p / "config.json").write_text('{"a": 1, "a": 2, "quantization_config": {}}'),
         "'a' is there twice",
     ),
 }
@@ -145,7 +149,7 @@ def test_hashes_do_not_make_a_wrong_structure_right(saved):
     set_to(f"{Q}.bitmask", lambda _: bits)(saved)
     content = json.loads((saved / "config.json").read_text())["quantization_config"]["targets"][f"{Q}.weight"]
     entry(Q, sha256=bits_sha256(bits, tuple(content["shape"]), content["shape"][1], False))(saved)
-    with pytest.raises(CheckpointError, match="do not match their hash|row_offsets do not fit"):
+    with pytest.raises(CheckpointError, match=r"do not match their hash|row_offsets do not fit"):
         load(saved)
 
 
@@ -153,7 +157,8 @@ def test_hashes_do_not_make_a_wrong_structure_right(saved):
 def test_an_index_that_leaves_the_folder_is_refused(saved, shard):
     (saved / "model.safetensors").rename(saved.parent / "model.safetensors")
     names = load_file(saved.parent / "model.safetensors")
-    (saved / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="which is no safetensors file of the folder"):
         load(saved)
     if shard == "../model.safetensors":

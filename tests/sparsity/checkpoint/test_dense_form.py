@@ -8,8 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from trisparse.sparsity import checkpoint
-from trisparse.sparsity.checkpoint import CheckpointError, check_output, load, save
-from trisparse.sparsity.checkpoint import writer
+from trisparse.sparsity.checkpoint import CheckpointError, check_output, load, save, writer
 from trisparse.sparsity.mask import MaskError, masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
 
