@@ -20,6 +20,7 @@ Check = Callable[[Any, Any], None]
 
 # Where the functions are: importing these registers them.
 _MODULES: tuple[str, ...] = (
+    "trisparse.bench.families.checkpoint",
     "trisparse.bench.families.linear",
     "trisparse.bench.families.prune",
     "trisparse.bench.families.roofline",

@@ -84,8 +84,8 @@ class TrisparseQuantizer(HfQuantizer):
 
         if self.quantization_config.manifest is None:
             raise ValueError(
-                "quantization_config is a TrisparseConfig, but the model is no trisparse checkpoint: it says how one is "
-                "loaded. trisparse.sparsify prunes a model"
+                "quantization_config is a TrisparseConfig, which says how our checkpoints are loaded, but the model is "
+                "no trisparse checkpoint: trisparse.sparsify prunes a model"
             )
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if not files:
