@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,6 +31,8 @@ from trisparse.sparsity.sparsify import sparsify
 
 # The seven tasks of the papers' zero-shot tables, as lm-eval names them.
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+_MOST_TO_DRAW_FROM = 4096  # windows: a text is tokenized as a whole
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,9 @@ class Retraining:
 
     @classmethod
     def of(cls, scale: Scale, groups: Sequence[str], **options: Any) -> Retraining:
-        """With the settings of ``scale``; a group of the model's that it lacks is left out later, when it runs."""
+        """With the settings of ``scale``."""
         rate = scale.rate(groups)
-        if "lora" not in groups:  # which has no LoRA but the head's: its own settings do not matter
+        if "lora" not in groups:  # then nothing but the head gets one
             options.pop("targets", None)
         chosen = {
             "steps": scale.steps,
@@ -253,10 +255,13 @@ def windows(
 def training_texts(
     texts: Texts, retraining: Retraining, tokenizer: Any, session: Session, model: str
 ) -> tuple[Tensor, Tensor | None]:
-    """What to train on, eight times what the steps read so that seeds differ, and what to choose the rate by."""
-    per_step = (retraining.batch_size or 2) * (retraining.gradient_accumulation or 4)
+    """Windows to train on, and those to choose the learning rate by.
+
+    A short run draws from eight times what it reads, so that its seed chooses among the data; a long one reads all.
+    """
+    read = (retraining.batch_size or 2) * (retraining.gradient_accumulation or 4) * max(retraining.steps, 16)
     train = windows(
-        session, model, tokenizer, texts.train, "train", texts.seq_len, 8 * per_step * max(retraining.steps, 16)
+        session, model, tokenizer, texts.train, "train", texts.seq_len, max(read, min(8 * read, _MOST_TO_DRAW_FROM))
     )
     if retraining.learning_rate != "grid":
         return train, None
@@ -288,8 +293,3 @@ def autocast(model: Any) -> AbstractContextManager[Any]:
     device = next(model.parameters()).device
     dtype = computing_dtype("auto", device, {param.dtype for param in model.parameters()})
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def without_retraining(cell: LanguageCell) -> LanguageCell:
-    """The same, only pruned."""
-    return replace(cell, retraining=None)

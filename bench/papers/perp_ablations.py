@@ -7,7 +7,7 @@ from typing import Any
 
 from trisparse.bench.papers import perp_models as models
 from trisparse.bench.papers.language import Retraining
-from trisparse.bench.papers.perp_models import PERPLEXITY, TRAINABLE, cell, dense, groups_of, has_biases
+from trisparse.bench.papers.perp_models import PERPLEXITY, TRAINABLE, cell, dense, groups_of
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.table import Entry, Layout, Place, entry, paper_table
 from trisparse.retrain.groups import PRESETS
@@ -44,8 +44,7 @@ def table_13(model: str, scale: Scale) -> Layout:
             chosen = dict.fromkeys(cells)
             entries.setdefault((row, TRAINABLE), entry(*chosen, metric="trainable_share", factor=100))
             entries[row, sparsity] = entry(*chosen)
-    notes = () if has_biases(model) else (f"{model} has no biases: the eight combinations with them are left out.",)
-    return models.shown("table-13", model, entries, dense=dense(scale, model), notes=notes)
+    return models.shown("table-13", model, entries, dense=dense(scale, model), notes=models.no_biases(model))
 
 
 @paper_table(

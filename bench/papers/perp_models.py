@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trisparse.bench.models import model_label
 from trisparse.bench.papers.language import LanguageCell, Pruning, Retraining, Texts
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.table import Entry, Layout, Place, entry, published_paper
@@ -82,4 +83,8 @@ def columns_of(table: str) -> set[str]:
 
 def no_biases(model: str) -> tuple[str, ...]:
     """The note that rows of biases are left out, where they are."""
-    return () if has_biases(model) else (f"{model} has no biases: rows that train them alone are left out.",)
+    return (
+        ()
+        if has_biases(model)
+        else (f"{model_label(model)} has no biases: the rows that would show what they add are left out.",)
+    )

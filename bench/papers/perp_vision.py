@@ -1,6 +1,6 @@
 """PERP's Figures 2 and 4: what each group of parameters of an image classifier wins back, in one epoch and in five.
 
-Below the paper's scale that is a ResNet of 20,346 parameters on scikit-learn's digits, as in docs/vision.md.
+Without a folder of images that is a ResNet of 20,346 parameters on scikit-learn's digits, as in docs/vision.md.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def _images(folder: str, model: str) -> tuple[Any, Any]:
 
 def vision_layout(model: str, scale: Scale, epochs: int) -> Layout:
     """Accuracy by method and sparsity, over three seeds."""
-    own = scale.name == "paper"
-    if own and not scale.images:
-        raise ValueError("images must be a folder of ImageNet (train/CLASS/*, test/CLASS/*) at scale 'paper'")
+    own = scale.images != DIGITS
     classifier = (model if "resnet" in model.lower() else RESNET) if own else DIGITS
     images = scale.images if own else ""
     sparsities = scale.choose(

@@ -29,7 +29,7 @@ class Scale:
         grid_steps: steps of each of its runs.
         checkpointing: gradient checkpointing.
         keep_copies: see :class:`trisparse.bench.papers.cell.Session`.
-        images: folder of labelled images for the vision figures at the paper's scale.
+        images: of the vision figures: "digits", or a folder of ImageNet (train/CLASS/*, test/CLASS/*).
         models: whether tables run on each of the paper's models when none is named; else on SmolLM2 alone.
     """
 
@@ -50,7 +50,7 @@ class Scale:
     grid_steps: int = 20
     checkpointing: bool = False
     keep_copies: bool = True
-    images: str = ""
+    images: str = "digits"
     models: bool = False
 
     def rate(self, groups: str | Sequence[str]) -> float | Literal["grid"]:

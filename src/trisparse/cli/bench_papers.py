@@ -29,7 +29,7 @@ def papers(
     out: Annotated[Path | None, typer.Option(help="Folder for tables and measured cells.")] = None,
     resume: Annotated[bool, typer.Option(help="Reuse the cells that are in the folder; else measure all anew.")] = True,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is one.")] = None,
-    images: Annotated[str, typer.Option(help="Folder of ImageNet for the vision figures at scale paper.")] = "",
+    images: Annotated[str, typer.Option(help="Of the vision figures: digits, or a folder of ImageNet.")] = "digits",
     picture: Annotated[bool, typer.Option(help="Draw each table (extra 'plot').")] = True,
     as_json: AsJson = False,
 ) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from trisparse.bench.papers.cell import Session
+from trisparse.bench.papers.language import LanguageCell, Pruning, Retraining, Texts
+from trisparse.bench.papers.perp_models import perp
 from trisparse.bench.papers.registered import measured
 from trisparse.bench.papers.run import cells_file, run_tables
 from trisparse.bench.papers.scale import find_scale
@@ -101,3 +104,21 @@ def test_rows_hold_the_published_number_of_the_same_model(store):
     rows = {row.name: row.metrics["ours"] for row in measured(found)}
     assert rows["PERP, 50%"] == {"perplexity": 20.0, "published": 16.38}
     assert rows["PERP, % trainable"] == pytest.approx({"trainable_share": 0.5, "published": 0.0027})
+
+
+def test_a_cell_gives_the_same_without_copies_of_the_model(tiny_llama):
+    grid = replace(find_scale("tiny"), learning_rates={"": "grid"}, grid=(1e-3, 1e-2), grid_steps=1)
+    model = str(tiny_llama / "dense")
+    wanted = frozenset({"perplexity"})
+    cells = [
+        LanguageCell(model, Texts.of(grid, model), Pruning.of(grid, "wanda", "2:4"), retraining)
+        for retraining in (perp(grid, model), None, Retraining.of(grid, ("norms",)))
+    ]
+    kept, anew = (Session(keep_copies=keep) for keep in (True, False))
+    first = [cell.measure(wanted, kept) for cell in cells]
+    second = [cell.measure(wanted, anew) for cell in reversed(cells)][::-1]
+    # each from the pruned model, in whatever order they are measured
+    assert [found["perplexity"] for found in first] == [found["perplexity"] for found in second]
+    assert len({found["perplexity"] for found in first}) == 3
+    assert first[0]["learning_rate"] in grid.grid
+    assert "retraining_seconds" not in first[1]

@@ -105,8 +105,11 @@ def test_biases_are_left_out_where_there_are_none(tiny_llama):
     assert len(TABLES["table-13"].layout(model, find_scale("tiny")).entries) == 2 * 8
 
 
-def test_image_figures_need_images_at_the_paper_s_scale():
-    with pytest.raises(ValueError, match="images must be a folder of ImageNet"):
-        TABLES["figure-2"].layout("microsoft/resnet-50", PAPER)
-    layout = TABLES["figure-2"].layout("microsoft/resnet-50", replace(PAPER, images="imagenet"))
-    assert {cell.model for one in layout.every() for cell in one.cells} == {"microsoft/resnet-50"}
+def test_image_figures_take_a_folder_of_images_or_digits():
+    layout = TABLES["figure-2"].layout("facebook/opt-2.7b", PAPER)
+    assert {cell.model for one in layout.every() for cell in one.cells} == {"digits"}
+    assert "Not ResNet-50 on ImageNet" in layout.notes[0]
+    layout = TABLES["figure-2"].layout("facebook/opt-2.7b", replace(PAPER, images="imagenet"))
+    cells = {(cell.model, cell.images) for one in layout.every() for cell in one.cells}
+    assert cells == {("microsoft/resnet-50", "imagenet")}
+    assert layout.notes == ()

@@ -42,7 +42,7 @@ def test_an_interrupted_run_goes_on_where_it_was(store, session, measured, stop_
     [found] = run([table], CellStore(store.file), session)
     assert measured == {1: 1, 2: 1, 3: 1}
     assert [found.ours["r", str(number)] for number in (1, 2, 3)] == [1.5, 2.5, 3.5]
-    run([table], store, session, again=True)
+    run([table, table], store, session, again=True)  # anew, but each once
     assert measured == {1: 2, 2: 2, 3: 2}
 
 
