@@ -55,7 +55,7 @@ def _register() -> None:
     for name in ("merge_adapter", "_unload_and_optionally_merge"):
         setattr(lora_model.LoraModel, name, _untying_first(getattr(lora_model.LoraModel, name)))
     with_compressed_layers.of_trisparse = True  # type: ignore[attr-defined]
-    PeftConfig.from_peft_type = classmethod(with_variant)
+    PeftConfig.from_peft_type = classmethod(with_variant)  # type: ignore[arg-type]
     lora_model.dispatch_default = with_compressed_layers
 
 

@@ -128,7 +128,8 @@ def _documents(
 
     def encode(row: Any) -> list[int]:
         if isinstance(row, torch.Tensor):
-            return row.tolist()  # type: ignore[no-any-return]
+            ids: list[int] = row.tolist()
+            return ids
         if column == "input_ids":
             return [token for piece in _batch_rows(row) for token in piece.flatten().tolist()]
         text = row if isinstance(row, str) else row["text"] or ""

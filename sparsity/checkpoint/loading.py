@@ -22,7 +22,6 @@ from trisparse.sparsity.checkpoint.target import MASKS_PREFIX, Target, TargetErr
 from trisparse.sparsity.checkpoint.validation import check_mask, check_positions
 from trisparse.sparsity.mask import Mask, attach
 
-
 Positions = tuple[dict[str, Tensor], Tensor | None]  # a weight's tensors without its values, and its tile offsets
 
 # Tensors that transformers is to leave to us.
@@ -48,7 +47,8 @@ class Loading:
         self._model = model
         _check_place(files, str(getattr(model.config, "name_or_path", "") or ""))
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-        self._stored = _check_stored(model, manifest, read_headers(files), prefix)
+        headers = read_headers(files)
+        self._stored = _check_stored(model, manifest, headers, prefix)
         self._holders = mask_names(manifest.targets)
         self._weights: list[_Weight] = []
         modules = dict(model.named_modules())
@@ -61,6 +61,7 @@ class Loading:
                 positions = readers.submit(self._read, name, target)
                 self._weights.append(_Weight(name, own, target, layer, positions))
         readers.shutdown(wait=False)
+        check_size(model, [tensor.shape for tensor in headers.values()], files[0].parent)
         model._keys_to_ignore_on_load_unexpected.add(_OURS)
 
     def _prepare(self, name: str, target: Target, modules: Mapping[str, nn.Module]) -> nn.Module:

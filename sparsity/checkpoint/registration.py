@@ -31,7 +31,7 @@ def register_on_import() -> None:
 
 
 def when_imported(module: str, action: Callable[[], None]) -> None:
-    """Call ``action`` now if ``module`` is imported already, else once, as soon as it is."""
+    """Call ``action`` now if ``module`` is imported already, else as soon as it is; once, however often it is asked."""
     if module in sys.modules:
         action()
     elif not any(isinstance(finder, _Finder) and finder.module == module for finder in sys.meta_path):

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trisparse.sparsity.checkpoint import save
 from trisparse.sparsity.compression import compress, decompress
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import MaskError, check_masks, masks, masks_sha256
