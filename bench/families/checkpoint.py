@@ -42,9 +42,11 @@ def checkpoint(options: Options) -> Iterator[Measured]:
 
     def fresh() -> PreTrainedModel:
         if options.model in (None, "smollm2"):
-            return load_smollm2(dtype=dtype)[0]
+            smollm2, _ = load_smollm2(dtype=dtype)
+            return smollm2
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-        return model.eval()
+        model.eval()
+        return model
 
     repeats = options.repeats or (3 if options.quick else 15)
     with tempfile.TemporaryDirectory() as work:

@@ -149,7 +149,7 @@ def _fill(model: nn.Module, path: Path, manifest: Manifest, *, dense: bool) -> N
         layer = model.get_submodule(owner)
         try:
             if name in made and not dense:
-                made[name].bias = layer.bias
+                made[name].bias = layer.bias  # type: ignore[assignment]
                 replace(model, owner, made[name])
             elif name in made:
                 attach(layer, param, made[name].mask, zero=False)
@@ -183,7 +183,7 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
     model: PreTrainedModel
     try:
         with quiet_transformers():
-            model, loading = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype or "auto",
@@ -191,6 +191,7 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
                 local_files_only=True,
                 output_loading_info=True,
             )
+            model, loading = loaded
     except CheckpointError:
         raise
     except Exception as error:  # what a config breaks in a model may raise anything
