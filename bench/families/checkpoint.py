@@ -41,12 +41,12 @@ def checkpoint(options: Options) -> Iterator[Measured]:
     dtype = options.dtype or torch.bfloat16
 
     def fresh() -> PreTrainedModel:
-        model: PreTrainedModel
         if options.model in (None, "smollm2"):
-            model, _ = load_smollm2(dtype=dtype)
-            return model
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-        return model.eval()  # type: ignore[no-any-return]
+            smollm2, _ = load_smollm2(dtype=dtype)
+            return smollm2
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        model.eval()
+        return model
 
     repeats = options.repeats or (3 if options.quick else 15)
     with tempfile.TemporaryDirectory() as work:
