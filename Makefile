@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-quick test lint bench figure clean
+.PHONY: help demo demo-quick test lint bench gpu figure clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -25,9 +25,11 @@ lint: $(VENV)/.demo ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo ## selection on this CPU against the usual implementations
-	$(BIN)/python -m trisparse.bench.selection
-	$(BIN)/trisparse bench run obs-block
+bench: $(VENV)/.demo ## small benchmarks; BENCH=--benchmark-compare compares with the last ones
+	$(BIN)/python -m pytest tests/bench/benchmarks/families.py --benchmark-only --benchmark-autosave $(BENCH)
+
+gpu: ## on a machine with a GPU: its tests, tuning, all benchmarks, the papers at 7B; DRY=1 shows the steps
+	BIN="$(BIN)" MAKE="$(MAKE)" bench/gpu.sh
 
 figure: $(VENV)/.demo ## docs/perplexity.png: perplexity against sparsity on SmolLM2
 	$(BIN)/trisparse bench run perplexity-curve

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from trisparse.bench.rows import RESULTS, Row, newest, read_rows
@@ -123,6 +124,6 @@ def as_table(changes: Sequence[Change]) -> Table:
         spread = "" if change.spread is None else f"{change.spread:.2f}"
         verdict = "noise" if change.noise else "slower" if change.ratio > 1 else "faster"
         times = (f"{1e3 * change.before:.3f} ms", f"{1e3 * change.after:.3f} ms")
-        name = (change.benchmark, change.case, change.contestant)
+        name = map(escape, (change.benchmark, change.case, change.contestant))
         table.add_row(*name, *times, f"{change.ratio:.2f}", spread, verdict)
     return table

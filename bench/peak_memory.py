@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The most bytes that torch has allocated at once during ``work``, beyond what it had before."""
+    # The profiler's library writes two lines to standard error each time it runs, unless this says not to.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     used = peak = 0

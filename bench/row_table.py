@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from trisparse.bench.rows import Row
 from trisparse.bench.runner import Listener
+
+_WIDE = 200
 
 
 class Progress(Listener):
@@ -43,20 +47,35 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return [_table(name, kind, own) for (name, kind), own in groups.items()]
 
 
+def print_tables(rows: Sequence[Row]) -> None:
+    """Print them."""
+    for table in tables(rows):
+        print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print it at the terminal's width, into a file as wide as it is."""
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDE)
+    console.print(table)
+
+
 def _table(name: str, kind: str, rows: Sequence[Row]) -> Table:
     title = f"{name} on {rows[0].device}" + (" (bounds, not measured)" if kind == "bound" else "")
     cells = [_cells(row) for row in rows]
     metrics = dict.fromkeys(key for row in rows for key in row.metrics)
     headings = [key for key in _COLUMNS if any(key in own for own in cells)] + list(metrics)
-    table = Table("case", "contestant", title=title)
+    table = Table(title=title, title_justify="left")
+    table.add_column("case and contestant", overflow="fold", min_width=24)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     previous = ""
     for row, own in zip(rows, cells, strict=True):
+        if row.case != previous:
+            table.add_section()
+            table.add_row(escape(row.case))
+            previous = row.case
         numbers = own | {key: f"{value:.4g}" for key, value in row.metrics.items()}
-        shown = row.case if row.case != previous else ""
-        table.add_row(shown, row.contestant, *(numbers.get(key, "") for key in headings))
-        previous = row.case
+        table.add_row("  " + escape(row.contestant), *(numbers.get(key, "") for key in headings))
     return table
 
 

@@ -87,10 +87,11 @@ def read_rows(*files: Path) -> Iterator[Row]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of each benchmark, case, contestant and device the last row."""
-    found: dict[tuple[str, str, str, str], Row] = {}
+    """Of each benchmark, case, contestant and device, and of each model and scale, the last row."""
+    found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        key = (row.benchmark, row.case, row.contestant, row.device)
+        of_model = (str(row.parameters.get("model")), str(row.parameters.get("scale")))
+        key = (row.benchmark, row.case, row.contestant, row.device, *of_model)
         found.pop(key, None)
         found[key] = row
     return list(found.values())

@@ -16,7 +16,7 @@ import torch
 
 from trisparse.bench.clocks import clocks
 from trisparse.bench.peaks import Peaks, peaks_of, roofline_share
-from trisparse.bench.registry import Benchmark, Case, Measured, Options, benchmarks
+from trisparse.bench.registry import Benchmark, Case, Measured, Options, benchmarks, equal
 from trisparse.bench.rows import RESULTS, Row, append_rows, rows_file
 from trisparse.bench.timing import Call, Timer, interleave, speedup, summary, timer_for
 from trisparse.env import checkout, environment
@@ -173,12 +173,6 @@ def right_contestants(case: Case, error: Callable[[str], None]) -> dict[str, Cal
         else:
             right[name] = call
     return right
-
-
-def equal(result: Any, expected: Any) -> None:
-    """The check of a case that has none of its own: both are the same tensor, bit by bit of a value."""
-    if not torch.equal(result, expected):
-        raise AssertionError("not equal to the reference")
 
 
 def measure(case: Case, repeats: int, machine: Machine, error: Callable[[str], None]) -> Measured | None:

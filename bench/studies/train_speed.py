@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,78 +20,9 @@ from torch import Tensor, nn
 from trisparse.bench.models import load_causal_lm, model_label
 from trisparse.bench.peak_memory import peak_bytes
 from trisparse.bench.registry import Measured, Options, benchmark
-from trisparse.retrain.adapters import Adapted
-from trisparse.retrain.batch_settings import BatchSettings
-from trisparse.retrain.groups import parameter_groups
-from trisparse.retrain.loop import Watch, trainer_for, with_labels
-from trisparse.retrain.perp import PERPConfig
-from trisparse.sparsity.mask import check_masks, masks
+from trisparse.bench.training_steps import CONTESTANTS, step_of
+from trisparse.sparsity.mask import check_masks
 from trisparse.sparsity.sparsify import sparsify
-
-# groups and variant of each; None is full fine-tuning, the usual code
-CONTESTANTS: dict[str, tuple[tuple[str, ...], str] | None] = {
-    "full": None,
-    "lora": (("lora",), "lora"),
-    "mask_lora + norms + head": (("norms", "head", "lora"), "mask_lora"),
-    "norms only": (("norms",), "mask_lora"),
-}
-Step = Callable[[Tensor], None]
-
-
-def usual_step(model: Any, *, checkpointing: bool) -> Step:
-    """Full fine-tuning as it is usually written: every parameter trains, then the mask is multiplied on."""
-    model.config.use_cache = False
-    model.train()
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    pruned = [(model.get_parameter(name), mask.dense().to(torch.float32)) for name, mask in masks(model).items()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-
-    def step(windows: Tensor) -> None:
-        model(**with_labels(windows)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for param, keep in pruned:
-                param.mul_(keep)
-
-    return step
-
-
-def perp_step(model: Any, groups: tuple[str, ...], variant: str, *, checkpointing: bool) -> Step:
-    """A step of ours: the adapters and the loss of ``retrain``."""
-    batch, seq_len = 2, 512
-    config = PERPConfig(groups, variant, merge=False, steps=1, batch_size=batch, seq_len=seq_len, dtype="fp32")  # type: ignore[arg-type]
-    adapted = Adapted(model, parameter_groups(model), groups, config.rank, config.alpha, config.variant)
-    adapted.switch_cache_off()
-    module = adapted.module.train()
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    with tempfile.TemporaryDirectory() as folder:
-        watch = Watch(1, progress=False)
-        trainer: Any = trainer_for(
-            module, torch.zeros(batch, seq_len).long(), config, watch, batch=BatchSettings(batch, 1),
-            learning_rate=1e-5, folder=folder, dtype=None,
-        )  # fmt: skip
-    trained = [param for param in module.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
-
-    def step(windows: Tensor) -> None:
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(module, with_labels(windows))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def step_of(name: str, model: Any, *, checkpointing: bool = False) -> Step:
-    """The training step of a contestant on ``model``, which it takes for itself."""
-    chosen = CONTESTANTS[name]
-    if chosen is None:
-        return usual_step(model, checkpointing=checkpointing)
-    return perp_step(model, *chosen, checkpointing=checkpointing)
 
 
 def seconds_of_steps(model: nn.Module, names: Sequence[str], windows: Tensor, rounds: int) -> dict[str, list[float]]:

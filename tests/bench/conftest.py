@@ -1,4 +1,4 @@
-"""What the tests of the demo and the benchmarks share."""
+"""What the tests of the demo and the benchmarks share: a tiny SmolLM2, a machine without clocks or peaks of its own."""
 
 import string
 
@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trisparse.bench import demo
+from trisparse.bench.runner import Machine
 from trisparse.bench.studies import pruned_smollm2
 from trisparse.retrain.perp import PERPConfig
 
@@ -36,3 +37,41 @@ def tiny_smollm2(monkeypatch):
     monkeypatch.setattr(pruned_smollm2, "load_smollm2", make)
     monkeypatch.setattr(pruned_smollm2, "FULL", scale)
     return scale
+
+
+class CountedTimer:
+    """Takes its seconds from a list, and calls what it times."""
+
+    warm_up = 1
+
+    def __init__(self, seconds):
+        self.seconds = iter(seconds)
+
+    def __call__(self, call):
+        call()
+        return next(self.seconds)
+
+
+class FixedPeaks:
+    source = "given"
+
+    def __init__(self, bytes_per_s, flops_per_s):
+        self.given = (bytes_per_s, flops_per_s)
+
+    def bytes_per_s(self):
+        return self.given[0]
+
+    def flops_per_s(self, dtype):
+        return self.given[1].get(dtype)
+
+
+@pytest.fixture
+def machine():
+    """``machine(seconds)``: a CPU whose calls take these seconds; 100 bytes/s, 1000 fp32 FLOP/s, commit abcdef0123."""
+
+    def make(seconds=(1.0,) * 1000, *, dirty=False):
+        environment = {"commit": "abcdef0123", "dirty": dirty, "cpu": {"model": "given"}}
+        peaks = FixedPeaks(100.0, {"float32": 1000.0})
+        return Machine(torch.device("cpu"), "cpu", CountedTimer(seconds), peaks, environment)
+
+    return make

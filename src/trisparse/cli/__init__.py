@@ -12,7 +12,8 @@ from trisparse.cli.options import app
 
 __all__ = ["app", "main"]
 
-for _commands in ("prune", "retrain", "search", "bench", "bench_run"):  # in the order that --help shows them
+# in the order that --help shows them
+for _commands in ("prune", "retrain", "search", "bench", "bench_run", "bench_papers", "bench_report"):
     import_module(f"trisparse.cli.{_commands}")
 
 

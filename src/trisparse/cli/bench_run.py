@@ -35,6 +35,7 @@ def run(
     model: Annotated[str | None, typer.Option(help="Hugging Face id, folder or smollm2; default: its own.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed calls of each contestant; default: its own.")] = None,
     only: Annotated[str, typer.Option(help="Run the cases alone whose name contains this.")] = "",
+    scale: Annotated[str | None, typer.Option(help="Of papers' tables: tiny, small or paper; default small.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the rows; default bench/results/runs, or dirty.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -42,18 +43,19 @@ def run(
     from dataclasses import asdict
 
     import torch
-    from rich.console import Console
 
     from trisparse.bench.registry import Options
-    from trisparse.bench.row_table import Progress, tables
+    from trisparse.bench.row_table import Progress, print_tables
     from trisparse.bench.runner import chosen
     from trisparse.bench.runner import run as run_benchmarks
 
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = Options(quick, where, None if dtype is None else getattr(torch, dtype), model, repeats, only)
+    compute = None if dtype is None else getattr(torch, dtype)
+    options = Options(quick, where, compute, model, repeats, only, scale or "small")
     flags = {"--device": device, "--dtype": dtype, "--model": model, "--repeats": repeats, "--only": only or None}
+    flags["--scale"] = scale
     words = [*names, *(["--quick"] if quick else [])]
     words += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     outcome = run_benchmarks(
@@ -63,8 +65,7 @@ def run(
         content = {"rows": [asdict(row) for row in outcome.rows], "errors": outcome.errors}
         print(json.dumps(content | {"files": list(map(str, outcome.files))}, indent=2))
     else:
-        for table in tables(outcome.rows):
-            Console().print(table)
+        print_tables(outcome.rows)
         for file in outcome.files:
             print(f"rows appended to {file}")
     if outcome.errors:
@@ -83,15 +84,14 @@ def compare(
     """Ratio of the times of each case and contestant that two sets of rows share."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from trisparse.bench.compare import as_table, find_rows
     from trisparse.bench.compare import compare as changes_of
+    from trisparse.bench.row_table import print_table
 
     changes = changes_of(find_rows(before), find_rows(after))
     if as_json:
         print(json.dumps({"changes": [asdict(change) for change in changes]}, indent=2))
     else:
-        Console().print(as_table(changes))
+        print_table(as_table(changes))
     if fail_above is not None and any(change.ratio > fail_above and not change.noise for change in changes):
         raise typer.Exit(1)

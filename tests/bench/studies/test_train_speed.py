@@ -7,13 +7,8 @@ import torch
 import transformers
 
 from trisparse.bench.registry import Options
-from trisparse.bench.studies.train_speed import (
-    CONTESTANTS,
-    peak_of_steps,
-    seconds_of_steps,
-    step_of,
-    train_speed,
-)
+from trisparse.bench.studies.train_speed import peak_of_steps, seconds_of_steps, train_speed
+from trisparse.bench.training_steps import CONTESTANTS, step_of
 from trisparse.sparsity.mask import check_masks
 from trisparse.sparsity.sparsify import sparsify
 

@@ -1,7 +1,5 @@
 """What `linear` with few tokens asks of an A100, counted from its PTX: bounds, not measurements.
 
-    python -m trisparse.bench.bounds_linear [--json FILE]
-
 Every program of each launch runs under emulation of its PTX (trisparse.kernels.launch.Emulator; needs ptxsim).
 Reported for an A100-SXM-80GB with published peaks, on a bf16 weight that keeps half of itself:
 
@@ -15,14 +13,15 @@ Reported for an A100-SXM-80GB with published peaks, on a bf16 weight that keeps 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trisparse.bench.bounds_record import GPU, write_bounds
+from trisparse.bench.bounds.record import GPU, Study, bounded, figures
+from trisparse.bench.registry import Measured
 from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.compressed import CompressedWeight, compress
 from trisparse.kernels.launch import Emulator, ptxsim, using
@@ -34,6 +33,7 @@ FORMATS = (("2:4", 2, 4), ("n:m", 4, 8), ("bitmask", 0, 0))
 DRAM_BYTES_PER_US = 2039e3
 
 
+@lru_cache(maxsize=1)
 def half(format: str, n: int, m: int, rows: int, cols: int) -> CompressedWeight:
     """A random bf16 weight that keeps half of itself: an even half of each row with "bitmask"."""
     generator = torch.Generator().manual_seed(0)
@@ -85,39 +85,37 @@ def bound(weight: CompressedWeight, tokens: int, rank: int = 0, ctas: int | None
     }
 
 
-def main() -> None:
-    """Print the bounds of all cases, and write them with --json."""
-    parser = argparse.ArgumentParser(prog="python -m trisparse.bench.bounds_linear", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args()
-    results = []
-    print(f"{'format':8} {'shape':>11} {'tokens':>6} {'rank':>4} {'bytes':>6} {'bound us':>8} {'of dense':>8} binds")
+def _cases() -> Iterator[dict[str, Any]]:
     for rows, cols in SHAPES:
         for format, n, m in FORMATS:
-            weight = half(format, n, m, rows, cols)
             for tokens in TOKENS:
                 for rank in (0, 16):
-                    case = {
-                        "format": format,
-                        "n": n,
-                        "m": m,
-                        "rows": rows,
-                        "cols": cols,
-                        "tokens": tokens,
-                        "rank": rank,
-                    }
-                    row = {**case, **bound(weight, tokens, rank)}
-                    results.append(row)
-                    print(
-                        f"{format:8} {f'{rows}x{cols}':>11} {tokens:6} {rank:4} {row['bytes_over_compulsory']:6.3f} "
-                        f"{row['bound_us']:8.2f} {row['of_dense']:8.3f} {row['binding']}",
-                        flush=True,
-                    )
-    if options.json:
-        write_bounds(
-            options.json, "bounds_linear", results, dtype="bfloat16", peaks={"dram_bytes_per_us": DRAM_BYTES_PER_US}
-        )
+                    yield {"format": format, "n": n, "m": m, "rows": rows, "cols": cols, "tokens": tokens, "rank": rank}
 
 
-if __name__ == "__main__":
-    main()
+def _count(case: dict[str, Any]) -> dict[str, Any]:
+    weight = half(case["format"], case["n"], case["m"], case["rows"], case["cols"])
+    return bound(weight, case["tokens"], case["rank"])
+
+
+def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
+    pattern = f"{case['n']}:{case['m']}" if case["m"] else "50%"
+    adapter = f", rank {case['rank']}" if case["rank"] else ""
+    return (f"linear {case['rows']}x{case['cols']} {pattern}, {case['tokens']} tokens{adapter}",)
+
+
+def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
+    metrics = {"dense": {"bound_us": row["bound_us"] / row["of_dense"]}, "compressed": figures(row)}
+    about = {name: row[name] for name in ("format", "rows", "cols", "tokens", "rank", "binding")}
+    yield bounded(_names(row)[0], about, metrics, "dense")
+
+
+STUDY = Study(
+    "linear",
+    "linear-bounds-a100.json",
+    _cases,
+    _count,
+    _names,
+    _rows,
+    {"dtype": "bfloat16", "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US}},
+)

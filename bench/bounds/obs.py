@@ -1,7 +1,5 @@
 """What the OBS update of a block of 128 columns asks of an A100, counted from its PTX: bounds, not measurements.
 
-    python -m trisparse.bench.bounds_obs [--json FILE]
-
 Some programs of the launch run under emulation of their PTX (trisparse.kernels.launch.Emulator; needs ptxsim), and are
 scaled to all rows, each of which takes the same work. Reported for an A100-SXM-80GB with published peaks:
 
@@ -15,13 +13,13 @@ scaled to all rows, each of which takes the same work. Reported for an A100-SXM-
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from trisparse.bench.bounds_record import GPU, write_bounds
+from trisparse.bench.bounds.record import GPU, Study, bounded, figures
+from trisparse.bench.registry import Measured
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.obs import MAX_BLOCK, obs_block
 
@@ -61,34 +59,33 @@ def bound(rows: int, n: int, m: int, *, by_columns: bool = False, ctas: int | No
     }
 
 
-def main() -> None:
-    """Print the bounds of all cases, and write them with --json."""
-    parser = argparse.ArgumentParser(prog="python -m trisparse.bench.bounds_obs", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args()
-    results = []
-    print(f"{'rows':>6} {'n:m':>5} {'stored by':9} {'bytes':>6} {'DRAM us':>8} {'issue us':>8} {'product us':>10}")
+def _cases() -> Iterator[dict[str, Any]]:
     for rows in ROWS:
         for n, m in PATTERNS:
             for by_columns in (False, True):
-                row = {"rows": rows, "n": n, "m": m, "by_columns": by_columns}
-                row |= bound(rows, n, m, by_columns=by_columns)
-                results.append(row)
-                print(
-                    f"{rows:6} {f'{n}:{m}' if m else 'mask':>5} {'columns' if by_columns else 'rows':9} "
-                    f"{row['bytes_over_compulsory']:6.3f} {row['dram_us']:8.2f} {row['issue_us']:8.2f} "
-                    f"{row['product_us']:10.2f}",
-                    flush=True,
-                )
-    if options.json:
-        write_bounds(
-            options.json,
-            "bounds_obs",
-            results,
-            block=MAX_BLOCK,
-            peaks={"dram_bytes_per_us": DRAM_BYTES_PER_US, "fp32_flops_per_us": FP32_FLOPS_PER_US},
-        )
+                yield {"rows": rows, "n": n, "m": m, "by_columns": by_columns}
 
 
-if __name__ == "__main__":
-    main()
+def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
+    pattern = f"{case['n']}:{case['m']}" if case["m"] else "mask given"
+    return (f"obs_block {case['rows']}x{MAX_BLOCK} {pattern}, by {'columns' if case['by_columns'] else 'rows'}",)
+
+
+def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
+    own = figures(row, bound_us="dram_us")
+    about = {"rows": row["rows"], "cols": MAX_BLOCK, "n": row["n"], "m": row["m"], "by_columns": row["by_columns"]}
+    yield bounded(_names(row)[0], {**about, "binding": "DRAM"}, {"obs_block": own})
+
+
+STUDY = Study(
+    "obs",
+    "obs-bounds-a100.json",
+    _cases,
+    lambda case: bound(**case),
+    _names,
+    _rows,
+    {
+        "block": MAX_BLOCK,
+        "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US, "fp32_flops_per_us": FP32_FLOPS_PER_US},
+    },
+)

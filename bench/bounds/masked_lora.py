@@ -1,7 +1,5 @@
 """What mask_lora and scale_lora ask of an A100, counted from their PTX: bounds, not measurements.
 
-    python -m trisparse.bench.bounds_masked_lora [--tokens N ...] [--json FILE]
-
 Each launch runs under emulation of its PTX on a few of its programs, and is scaled to the whole. Bytes are the distinct
 ones of each launch; the partial sums of dA and dB count twice, as one launch writes and the next one reads them.
 
@@ -11,19 +9,19 @@ for a product over its own operands and result. ``over_read`` of the gradients l
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from trisparse.bench.bounds_record import write_bounds
+from trisparse.bench.bounds.record import Study, bounded, figures
+from trisparse.bench.registry import Measured
 from trisparse.kernels import masked_lora
 from trisparse.kernels.launch import Emulator, ptxsim, using
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+TOKENS = (512, 2048)
+_PARTS = ("forward", "dx", "dA, dB")
 
 
 def bound(variant: str, tokens: int, out: int, inputs: int, rank: int = 16) -> dict[str, Any]:
@@ -80,25 +78,28 @@ def bound(variant: str, tokens: int, out: int, inputs: int, rank: int = 16) -> d
     return figures
 
 
-def main() -> None:
-    """Print the bounds of every shape, and write them with --json."""
-    parser = argparse.ArgumentParser(prog="python -m trisparse.bench.bounds_masked_lora", description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=(512, 2048))
-    parser.add_argument("--variants", nargs="+", choices=("mask", "scale"), default=("mask", "scale"))
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="count only the first so many shapes")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args()
-    results = []
-    for out, inputs in SHAPES[: options.shapes]:
-        for tokens in options.tokens:
-            for variant in options.variants:
-                row = {"variant": variant, "out": out, "in": inputs, "tokens": tokens, "rank": 16}
-                row |= bound(variant, tokens, out, inputs)
-                results.append(row)
-                print(json.dumps(row), flush=True)
-    if options.json:
-        write_bounds(options.json, "bounds_masked_lora", results, dtype="bfloat16")
+def _cases() -> Iterator[dict[str, Any]]:
+    for out, inputs in SHAPES:
+        for tokens in TOKENS:
+            for variant in ("mask", "scale"):
+                yield {"variant": variant, "out": out, "in": inputs, "tokens": tokens, "rank": 16}
 
 
-if __name__ == "__main__":
-    main()
+def _count(case: dict[str, Any]) -> dict[str, Any]:
+    return bound(case["variant"], case["tokens"], case["out"], case["in"], case["rank"])
+
+
+def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
+    shape = f"{case['out']}x{case['in']}, {case['tokens']} tokens, rank {case['rank']}"
+    return tuple(f"{case['variant']}_lora {part} {shape}" for part in _PARTS)
+
+
+def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
+    about = {"rows": row["out"], "cols": row["in"], "tokens": row["tokens"], "rank": row["rank"]}
+    for name, part in zip(_names(row), _PARTS, strict=True):
+        times = {f"{resource.lower()}_us": us for resource, us in row[part]["resources_us"].items()}
+        own = figures({**times, **row[part]}, bytes_over_compulsory="over_compulsory")
+        yield bounded(name, {**about, "part": part, "binding": row[part]["binding"]}, {f"{row['variant']}_lora": own})
+
+
+STUDY = Study("masked_lora", "masked-lora-bounds-a100.json", _cases, _count, _names, _rows, {"dtype": "bfloat16"})

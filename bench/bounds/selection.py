@@ -1,31 +1,27 @@
 """What the selection kernels ask of an A100, counted from their PTX: bounds, not measurements.
 
-    python -m trisparse.bench.selection_bounds [--json FILE]
-
 Each operation runs under emulation of its PTX (trisparse.kernels.launch.Emulator; needs ptxsim) on a few
 rows of a bf16 weight, and is scaled to the whole. Reported for an A100-SXM-80GB with published peaks:
 
-- dram_us: compulsory bytes (W and X read once, each output written once) at 2039 GB/s; - issue_us: warp
-instructions of the PTX, without mov and ld.param, at 4 a clock and SM, 108 SMs, 1.41 GHz. The
+- dram_us: compulsory bytes (W and X read once, each output written once) at 2039 GB/s;
+- issue_us: warp instructions of the PTX, without mov and ld.param, at 4 a clock and SM, 108 SMs, 1.41 GHz. The
   assembler changes instruction counts, so that this is an indicator;
-- dram_over_compulsory: the distinct 32-byte sectors that each launch reads and writes, over the compulsory
-bytes. A
+- dram_over_compulsory: the distinct 32-byte sectors that each launch reads and writes, over the compulsory bytes. A
   sector that a launch reads twice counts once: a row that is read again comes from the cache.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trisparse.bench.bounds_record import write_bounds
+from trisparse.bench.bounds.record import Study, bounded, figures
+from trisparse.bench.registry import Measured
 from trisparse.kernels.launch import Emulator, using
 from trisparse.kernels.metric import compile_metric
 from trisparse.kernels.nm import select_nm
@@ -136,34 +132,31 @@ def bound(case: Case, rows: int, cols: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Print the bounds of all cases, and write them with --json."""
-    parser = argparse.ArgumentParser(prog="python -m trisparse.bench.selection_bounds", description=__doc__)
-    parser.add_argument("--only", default="", help="count only the cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args()
-    results = []
-    print(f"{'case':40} {'shape':>11} {'DRAM us':>8} {'issue us':>8} {'issue/DRAM':>10} {'bytes':>6} {'regs':>5}")
+def _cases() -> Iterator[dict[str, Any]]:
     for rows, cols in SHAPES:
         for name, case in cases().items():
-            if options.only not in name:
-                continue
-            row = {"case": name, "rows": rows, "cols": cols, "rows_emulated": case.emulated, **bound(case, rows, cols)}
-            results.append(row)
-            print(
-                f"{name:40} {f'{rows}x{cols}':>11} {row['dram_us']:8.1f} {row['issue_us']:8.1f} "
-                f"{row['issue_over_dram']:10.2f} {row['dram_over_compulsory']:6.2f} {row['registers']:5}",
-                flush=True,
-            )
-    if options.json:
-        write_bounds(
-            options.json,
-            "selection_bounds",
-            results,
-            dtype="bfloat16",
-            peaks={"dram_bytes_per_us": DRAM_BYTES_PER_US, "issue_slots_per_us": SLOTS_PER_US},
-        )
+            yield {"case": name, "rows": rows, "cols": cols, "rows_emulated": case.emulated}
 
 
-if __name__ == "__main__":
-    main()
+def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
+    return (f"select {case['case']}, {case['rows']}x{case['cols']}",)
+
+
+def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
+    own = figures(row, bound_us="dram_us", bytes_over_compulsory="dram_over_compulsory")
+    about = {"rows": row["rows"], "cols": row["cols"], "selection": row["case"], "binding": "DRAM"}
+    yield bounded(_names(row)[0], about, {" + ".join(row["launches"]): own})
+
+
+STUDY = Study(
+    "selection",
+    "selection-bounds-a100.json",
+    _cases,
+    lambda case: bound(cases()[case["case"]], case["rows"], case["cols"]),
+    _names,
+    _rows,
+    {
+        "dtype": "bfloat16",
+        "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US, "issue_slots_per_us": SLOTS_PER_US},
+    },
+)

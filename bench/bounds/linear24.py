@@ -1,7 +1,5 @@
 """What the 2:4 linear layer asks of an A100, counted from its PTX: bounds, not measurements.
 
-    python -m trisparse.bench.bounds_linear24 [--json FILE]
-
 Each case runs under emulation of its PTX (trisparse.kernels.launch.Emulator; needs ptxsim) on bf16 operands without a
 bias: four CTAs, whose counts are scaled. For an A100-SXM-80GB with published peaks:
 
@@ -18,15 +16,14 @@ bias: four CTAs, whose counts are scaled. For an A100-SXM-80GB with published pe
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from trisparse.bench.bounds_record import write_bounds
+from trisparse.bench.bounds.record import Study, bounded, figures
+from trisparse.bench.registry import Measured
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.linear24 import Lora, linear24
 
@@ -89,31 +86,30 @@ def bound(rows: int, cols: int, tokens: int, rank: int = 0, sampled: int = 4) ->
     }
 
 
-def main() -> None:
-    """Print the bounds at the shapes of Llama-2-7B with and without LoRA, and write them with --json."""
-    parser = argparse.ArgumentParser(prog="python -m trisparse.bench.bounds_linear24", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args()
-    results = []
-    columns = ["bound_us", "dense_us", "bound_over_dense", "dram_over_compressed", "tensor_us", "shared_us", "dram_us"]
-    columns += ["issue_us", "l1_us", "l2_us", "registers"]
-    print(f"{'shape':>11} {'tokens':>6} {'rank':>4} {'binding':>7}", *(name.split("_")[0].rjust(8) for name in columns))
+def _cases() -> Iterator[dict[str, Any]]:
     for rows, cols in SHAPES:
         for tokens in TOKENS:
             for rank in (0, 16):
-                row = {"rows": rows, "cols": cols, "tokens": tokens, "rank": rank, **bound(rows, cols, tokens, rank)}
-                results.append(row)
-                figures = " ".join(f"{row[name]:8.4g}" for name in columns)
-                print(f"{f'{rows}x{cols}':>11} {tokens:6} {rank:4} {row['binding']:>7} {figures}", flush=True)
-    if options.json:
-        write_bounds(
-            options.json,
-            "bounds_linear24",
-            results,
-            dtype="bfloat16",
-            peaks={"dram_bytes_per_us": DRAM_BYTES_PER_US, "flops_per_us": FLOPS_PER_US},
-        )
+                yield {"rows": rows, "cols": cols, "tokens": tokens, "rank": rank}
 
 
-if __name__ == "__main__":
-    main()
+def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
+    adapter = f", rank {case['rank']}" if case["rank"] else ""
+    return (f"linear24 {case['rows']}x{case['cols']} 2:4, {case['tokens']} tokens{adapter}",)
+
+
+def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
+    own = figures(row, bytes_over_compulsory="dram_over_compressed")
+    about = {name: row[name] for name in ("rows", "cols", "tokens", "rank", "binding")}
+    yield bounded(_names(row)[0], about, {"dense": {"bound_us": row["dense_us"]}, "mma.sp": own}, "dense")
+
+
+STUDY = Study(
+    "linear24",
+    "linear24-bounds-a100.json",
+    _cases,
+    lambda case: bound(**case),
+    _names,
+    _rows,
+    {"dtype": "bfloat16", "peaks": {"dram_bytes_per_us": DRAM_BYTES_PER_US, "flops_per_us": FLOPS_PER_US}},
+)
