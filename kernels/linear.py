@@ -8,8 +8,10 @@ x [..., cols], W [rows, cols] compressed (kernels/compressed.py), bias [rows], A
     dx = dy W + scale (dy B) A,   dA = scale (dy B)^T x,   dB = scale dy^T (x A^T),   dbias = sum of dy over tokens
 
 dy B comes with dx from one kernel, x A^T is kept from the forward. Every sum has a fixed order: the same input gives
-the same bits. On the CPU, `_CHUNK` weights are dense at a time. Source of the adapter: Hu et al. 2022,
-https://arxiv.org/abs/2106.09685, section 4.1.
+the same bits. On the CPU, a weight of up to `_WHOLE` weights is dense while its product runs, which is torch's own: y has
+the bits that a dense layer gives, so that greedy generation gives the same tokens. Of a larger one, and in the
+backward, `_CHUNK` weights are dense at a time. Source of the adapter: Hu et al. 2022, https://arxiv.org/abs/2106.09685,
+section 4.1.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from trisparse.kernels.tuned import tuned
 Lora = tuple[Tensor, Tensor, float]
 
 MAX_RANK = 128
-_CHUNK = 1 << 20  # weights that the CPU route has decompressed at a time
+_CHUNK = 1 << 20  # weights that the CPU route decompresses at a time
+_WHOLE = 1 << 26  # up to here, all of a layer's: 128 MiB of bf16. A product by parts is summed in another order.
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,7 +46,14 @@ def linear_ref(x: Tensor, weight: CompressedWeight, bias: Tensor | None = None, 
     return y
 
 
-def linear(x: Tensor, weight: CompressedWeight, bias: Tensor | None = None, lora: Lora | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: CompressedWeight,
+    bias: Tensor | None = None,
+    lora: Lora | None = None,
+    *,
+    conv1d: bool = False,
+) -> Tensor:
     """y = x W^T + bias + scale (x A^T) B^T; differentiable in x, bias, A and B.
 
     Args:
@@ -51,6 +61,8 @@ def linear(x: Tensor, weight: CompressedWeight, bias: Tensor | None = None, lora
         weight: W [rows, cols], compressed.
         bias: [rows], or None.
         lora: (A [rank, cols], B [rows, rank], scale) with 1 <= rank <= 128, or None.
+        conv1d: on the CPU, the bits of transformers' Conv1D, which multiplies by the weight [cols, rows], in place of
+            those of F.linear.
 
     Returns:
         y [..., rows] in x's dtype, summed in fp32 (fp64 for fp64).
@@ -75,6 +87,7 @@ def linear(x: Tensor, weight: CompressedWeight, bias: Tensor | None = None, lora
         a,
         b,
         float(scale),
+        conv1d,
     )
     return y.reshape(*x.shape[:-1], rows)
 
@@ -132,6 +145,7 @@ def _run(
     a: Tensor | None,
     b: Tensor | None,
     scale: float,
+    conv1d: bool,
 ) -> tuple[Tensor, Tensor]:
     """x [tokens, cols] -> y [tokens, rows], x A^T [tokens, rank] (rank 0 without an adapter)."""
     weight = CompressedWeight(format, (meta.shape[0], cols), n, m, values, meta, row_offsets, tile_offsets)
@@ -143,12 +157,32 @@ def _run(
     with torch.autocast(x.device.type, enabled=False):
         if lora is not None:
             torch.mm(x, lora[0].T, out=low)
+        if meta.shape[0] * cols <= _WHOLE:
+            y = _product(x, _whole(weight), bias, conv1d)
+            if lora is not None:
+                y.add_(F.linear(low, lora[1]), alpha=scale)
+            return y, low
         for start, stop, dense in _chunks(weight):
             part = y[:, start:stop]
             part.copy_(F.linear(x, dense, None if bias is None else bias[start:stop]))
             if lora is not None:
                 part.add_(F.linear(low, lora[1][start:stop]), alpha=scale)
     return y, low
+
+
+def _product(x: Tensor, dense: Tensor, bias: Tensor | None, conv1d: bool) -> Tensor:
+    if not conv1d:
+        return F.linear(x, dense, bias)
+    inner_first = dense.t().contiguous()
+    return x @ inner_first if bias is None else torch.addmm(bias, x, inner_first)
+
+
+def _whole(weight: CompressedWeight) -> Tensor:
+    """The dense weight, made chunk by chunk: decompressing takes some 16 bytes a weight in between."""
+    dense = weight.values.new_empty(weight.shape)
+    for start, stop, part in _chunks(weight):
+        dense[start:stop] = part
+    return dense
 
 
 def _run_backward(
@@ -221,7 +255,7 @@ def _by_kernel(
 _LINEAR = Operation(
     "linear",
     _run,
-    lambda x, values, meta, row_offsets, tile_offsets, format, cols, n, m, bias, a, b, scale: _empty(
+    lambda x, values, meta, row_offsets, tile_offsets, format, cols, n, m, bias, a, b, scale, conv1d: _empty(
         x, meta.shape[0], a
     ),
 )
@@ -233,7 +267,7 @@ _LINEAR_BACKWARD = Operation(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, values, meta, row_offsets, tile_offsets, format, cols, n, m, _, a, b, scale = inputs
+    x, values, meta, row_offsets, tile_offsets, format, cols, n, m, _, a, b, scale, _ = inputs
     low = output[1]
     ctx.mark_non_differentiable(low)
     ctx.static = format, cols, n, m
@@ -258,7 +292,7 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         da = (dy_b.T @ x) * ctx.scale
     if needs[11]:
         db = (dy.T @ low) * ctx.scale
-    return dx, None, None, None, None, None, None, None, None, dbias, da, db, None
+    return dx, None, None, None, None, None, None, None, None, dbias, da, db, None, None
 
 
 _LINEAR.register_autograd(_backward, _save)

@@ -81,6 +81,12 @@ class SparseLoraLinear(VariantLora):
         return apply_bits(delta, self._compressed().packed)
 
 
+class PlainSparseLora(SparseLoraLinear):
+    """What PEFT's own LoraConfig, which knows no variants, makes of a compressed layer: plain LoRA."""
+
+    default_variant = "lora"
+
+
 def _compute_dtype(x: Tensor, layer: SparseLinear) -> torch.dtype:
     dtype, device = layer.values.dtype, x.device.type
     if device == "meta" or torch.float64 in (x.dtype, dtype) or not torch.is_autocast_enabled(device):

@@ -2,7 +2,7 @@
 
 | backend             | what runs                                                        | weight that it reads       |
 |---------------------|------------------------------------------------------------------|----------------------------|
-| ``compressed``      | kernels/linear.py: decompresses on chip; CPU: dense, by tiles    | compressed                 |
+| ``compressed``      | kernels/linear.py: decompresses on chip; CPU: dense for a moment | compressed                 |
 | ``mma.sp``          | kernels/linear24.py: sparse tensor cores (2:4, sm_80 and later)  | compressed, in their order |
 | ``semi-structured`` | torch's own 2:4 product (cuSPARSELt or CUTLASS)                  | torch's, besides           |
 | ``decompress``      | decompresses the whole weight, then torch's dense product        | compressed                 |
@@ -93,7 +93,7 @@ def _compressed(layer: SparseLinear, x: Tensor, lora: Lora | None) -> Tensor:
     weight = layer.compressed()
     if weight.values.dtype != dtype:
         weight = replace(weight, values=weight.values.to(dtype))
-    return linear(x, weight, bias, lora)
+    return linear(x, weight, bias, lora, conv1d=layer.kind == "Conv1D")
 
 
 def _mma_sp(layer: SparseLinear, x: Tensor, lora: Lora | None) -> Tensor:
@@ -184,7 +184,7 @@ BACKENDS: dict[str, Backend] = {
 def default_plan(layer: SparseLinear, prefer: Prefer = "speed") -> Plan:
     """The plan without measurements, from the bounds in docs/kernels.md.
 
-    On the CPU the compressed weight is kept and computed with densely, by tiles: that saves memory and takes longer.
+    On the CPU the compressed weight is kept, and dense while it is multiplied: that saves memory and takes longer.
     On a GPU, 2:4 runs on sparse tensor cores where they take the shape. Every other weight is streamed compressed up
     to `STREAMING_TOKENS` tokens; beyond, its dense copy is kept for speed, or made at each use to save memory.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trisparse.sparsity.capture import Batch
-from trisparse.sparsity.data import check_ids, token_windows
+from trisparse.sparsity.data import Sampling, check_ids, token_windows
 
 _MICRO_BATCH_TOKENS = 4096  # enough to fill the cores; one block's activations stay near 100 MB at 7B widths
 _DEFAULT_SEQ_LEN = 2048
@@ -29,6 +29,7 @@ def calibration_batches(
     in_one: bool = False,
     rows: int | None = None,
     device: torch.device | None = None,
+    sampling: Sampling = "windows",
 ) -> list[Batch]:
     """Micro-batches on the model's device.
 
@@ -36,7 +37,7 @@ def calibration_batches(
         model: the model that the batches are for.
         data: tokens or text (see ``token_windows``), or an iterable of batches: dicts of keyword arguments of the
             model's forward, or tensors for its first argument. Batches are taken as they are.
-        tokenizer, samples, seq_len, seed: as in ``sparsify``.
+        tokenizer, samples, seq_len, seed, sampling: as in ``sparsify``.
         in_one: put all windows into one batch.
         rows: windows of a batch, all batches alike; None takes about 4,096 tokens.
         device: another device than the model's, which may be on the meta device.
@@ -51,6 +52,8 @@ def calibration_batches(
     if isinstance(data, Mapping):
         data = [data]
     if _is_batches(data):
+        if sampling != "windows":
+            raise ValueError(f"sampling={sampling!r} cuts text or tokens, and data holds batches, taken as they are")
         batches = [_as_batch(model, batch) for batch in data]
         if not batches:
             raise ValueError("data is empty: it holds no batch")
@@ -65,7 +68,7 @@ def calibration_batches(
     elif longest is not None and seq_len > longest:
         raise ValueError(f"seq_len must be at most the model's {longest} positions, got {seq_len}")
     windows = token_windows(
-        data, tokenizer=tokenizer, seq_len=seq_len, samples=samples, seed=seed, vocab_size=vocab_size
+        data, tokenizer=tokenizer, seq_len=seq_len, samples=samples, seed=seed, vocab_size=vocab_size, sampling=sampling
     ).to(device)
     if rows is not None:
         if len(windows) < rows:

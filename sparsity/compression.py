@@ -126,7 +126,7 @@ def compress(
 
     Which code runs a layer on a GPU follows from times that were measured there (``tune=True`` here, or
     ``trisparse bench tune``), else from `default_plan`. On the CPU nothing is faster than dense: layers are held
-    compressed and computed with densely, a tile at a time, which saves memory and takes longer.
+    compressed, and a layer is dense while it is multiplied, which saves memory, takes longer and gives the same bits.
 
     Args:
         model: with masks, from ``sparsify`` or ``load``.
@@ -194,7 +194,7 @@ def compress(
     device = next(itertools.chain(model.buffers(), model.parameters())).device
     note = ""
     if device.type != "cuda" and any(not row.note for row in rows):
-        note = f"on {device.type} the product stays dense, a tile at a time: less memory, not less time"
+        note = f"on {device.type} a layer is dense while it is multiplied: less memory, not less time"
     return CompressionReport(str(device), rows, note)
 
 

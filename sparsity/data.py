@@ -1,17 +1,19 @@
 """Text in, token windows out: what calibration, retraining and perplexity read.
 
 Windows do not overlap, as in the evaluations of Wanda (``lib/eval.py``) and PERP: a text is tokenized once, as
-a whole, and cut into pieces of ``seq_len`` tokens.
+a whole, and cut into pieces of ``seq_len`` tokens. ``sampling="documents"`` draws calibration windows as Wanda does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from trisparse.sparsity.documents import document_windows
 from trisparse.sparsity.text import load_text, pydoc_text
+from trisparse.sparsity.window_cache import read_windows, window_file, write_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,10 @@ _SPARE = 8
 
 _BLANK_LINE = "\n\n"
 
-__all__ = ["load_text", "pydoc_text", "token_windows"]
+Sampling = Literal["windows", "documents"]
+SAMPLING = ("windows", "documents")
+
+__all__ = ["SAMPLING", "Sampling", "load_text", "pydoc_text", "token_windows"]
 
 
 def token_windows(
@@ -33,6 +38,8 @@ def token_windows(
     samples: int | None = None,
     seed: int | None = None,
     vocab_size: int | None = None,
+    sampling: Sampling = "windows",
+    cache: bool = True,
 ) -> torch.Tensor:
     """Cut ``data`` into non-overlapping windows of ``seq_len`` tokens; a shorter rest is dropped.
 
@@ -45,6 +52,10 @@ def token_windows(
             hold enough tokens are read. A streamed dataset needs ``samples``.
         seed: choose the windows at random; without it they are the first ones.
         vocab_size: the ids must be below it.
+        sampling: ``"windows"`` as above, or ``"documents"``: a random place in each of ``samples`` random rows, every
+            row tokenized by itself, as Wanda's calibration on C4 (:mod:`trisparse.sparsity.documents`).
+        cache: keep the windows of long texts and datasets, and take them from there when the same is asked again
+            (:mod:`trisparse.sparsity.window_cache`).
 
     Returns:
         int64 [windows, seq_len] on the CPU.
@@ -57,6 +68,28 @@ def token_windows(
         raise ValueError(f"seq_len must be at least 2 (a token to read and one to predict), got {seq_len}")
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
+    if sampling not in SAMPLING:
+        raise ValueError(f"sampling must be one of {', '.join(SAMPLING)}, got {sampling!r}")
+    how = {"seq_len": seq_len, "samples": samples, "seed": seed, "sampling": sampling}
+    file = window_file(data, tokenizer, **how) if cache else None
+    windows = None if file is None else read_windows(file, seq_len)
+    if windows is None:
+        cut = _documents if sampling == "documents" else _windows
+        windows = cut(data, tokenizer, seq_len, samples, seed, vocab_size)
+        if file is not None:
+            write_windows(file, windows)
+    check_ids(int(windows.min()), int(windows.max()), vocab_size)
+    return windows
+
+
+def _windows(
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seq_len: int,
+    samples: int | None,
+    seed: int | None,
+    vocab_size: int | None,
+) -> torch.Tensor:
     needed = None if samples is None else seq_len * samples * (1 if seed is None else _SPARE)
     pieces = [piece for piece in _pieces(data, tokenizer, needed, seq_len) if piece.numel()]
     if not pieces:
@@ -70,6 +103,39 @@ def token_windows(
     if seed is not None:
         windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
     return windows[:samples]
+
+
+def _documents(
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seq_len: int,
+    samples: int | None,
+    seed: int | None,
+    vocab_size: int | None,
+) -> torch.Tensor:
+    if samples is None or seed is None:
+        raise ValueError("sampling='documents' draws at random: it needs samples and a seed")
+    rows: Any = data
+    column = "text"
+    if isinstance(data, torch.Tensor):
+        rows, column = _rows(data), "input_ids"
+    elif hasattr(data, "column_names"):
+        column = _column(data, tokenizer)
+    elif not (isinstance(data, list | tuple) and data and all(isinstance(text, str) for text in data)):
+        raise ValueError(f"sampling='documents' needs rows: a list of strings or a dataset, got {type(data).__name__}")
+    elif tokenizer is None:
+        raise ValueError("data is text: pass the model's tokenizer=, or token ids instead")
+
+    def encode(row: Any) -> list[int]:
+        if isinstance(row, torch.Tensor):
+            return row.tolist()  # type: ignore[no-any-return]
+        if column == "input_ids":
+            return [token for piece in _batch_rows(row) for token in piece.flatten().tolist()]
+        text = row if isinstance(row, str) else row["text"] or ""
+        found = tokenizer(text, padding=False, truncation=False, verbose=False)  # type: ignore[misc]
+        return list(found["input_ids"])
+
+    return document_windows(rows, encode, seq_len, samples, seed)
 
 
 def check_ids(lowest: int, highest: int, vocab_size: int | None) -> None:
@@ -150,16 +216,9 @@ def _tokenize(texts: list[str] | tuple[str, ...], tokenizer: PreTrainedTokenizer
 
 def _dataset_stream(data: Any, tokenizer: PreTrainedTokenizerBase | None, needed: int | None) -> torch.Tensor:
     """[1, length] of a dataset's rows, in order, as many as give ``needed`` tokens."""
-    if isinstance(data, Mapping):
-        raise ValueError(f"data is several datasets, pass one of its splits: {', '.join(data)}")
+    column = _column(data, tokenizer)
     if not hasattr(data, "__len__") and needed is None:
         raise ValueError("data is a streamed dataset, which may have no end: samples must say how much to read")
-    columns = data.column_names or list(next(iter(data), {}))  # a stream may not know its columns yet
-    column = next((name for name in ("input_ids", "text") if name in columns), None)
-    if column is None:
-        raise ValueError(f"data must have a column 'input_ids' or 'text', it has: {', '.join(columns) or 'none'}")
-    if column == "text" and tokenizer is None:
-        raise ValueError("data is text: pass the model's tokenizer=, or token ids instead")
     ids: list[torch.Tensor] = []
     texts: list[str] = []
     tokens = 0
@@ -176,6 +235,19 @@ def _dataset_stream(data: Any, tokenizer: PreTrainedTokenizerBase | None, needed
     if column == "text":
         return _tokenize(texts, tokenizer)
     return torch.cat(ids)[None] if ids else torch.empty(1, 0, dtype=torch.int64)
+
+
+def _column(data: Any, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Which column of a dataset is read, "input_ids" or "text"."""
+    if isinstance(data, Mapping):
+        raise ValueError(f"data is several datasets, pass one of its splits: {', '.join(data)}")
+    columns = data.column_names or list(next(iter(data), {}))  # a stream may not know its columns yet
+    column = next((name for name in ("input_ids", "text") if name in columns), None)
+    if column is None:
+        raise ValueError(f"data must have a column 'input_ids' or 'text', it has: {', '.join(columns) or 'none'}")
+    if column == "text" and tokenizer is None:
+        raise ValueError("data is text: pass the model's tokenizer=, or token ids instead")
+    return column
 
 
 def _count(text: str, tokenizer: Any) -> int:

@@ -158,7 +158,7 @@ def masks_sha256(model: nn.Module) -> str:
 def bits_sha256(bits: Tensor, shape: tuple[int, ...], cols: int, transposed: bool) -> str:
     """The hash of a mask with these ``bits`` (see :class:`Mask`)."""
     digest = hashlib.sha256(f"{shape} {cols} {transposed}\n".encode())
-    digest.update(np.ascontiguousarray(bits.numpy()))
+    digest.update(np.ascontiguousarray(bits.numpy()).data)
     return digest.hexdigest()
 
 

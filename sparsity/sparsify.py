@@ -18,6 +18,7 @@ from trisparse.sparsity.allocation.allocate import allocate
 from trisparse.sparsity.batches import batch_size, batches_sha256, calibration_batches, is_padded
 from trisparse.sparsity.calibration import PROPAGATE, Propagate, walk
 from trisparse.sparsity.capture import Batch
+from trisparse.sparsity.data import Sampling
 from trisparse.sparsity.distributed import ALONE, Processes, running_processes
 from trisparse.sparsity.mask import HoldsMask
 from trisparse.sparsity.metric import SPARSEGPT, Method, Metric, find_metric, shown_name
@@ -47,6 +48,7 @@ def sparsify(
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,
+    sampling: Sampling = "windows",
     propagate: Propagate = "block",
     dtype: torch.dtype | None = None,
     allocation: Allocation | str | PathLike[str] | None = None,
@@ -74,6 +76,8 @@ def sparsify(
         samples, seq_len: calibration sequences and their length in tokens; the length defaults to 2048 or the
             model's maximum, whichever is less. Batches are taken as they are.
         seed: of the choice of sequences and of ``"random"``.
+        sampling: ``"windows"`` cuts the data, joined, into sequences; ``"documents"`` takes a random place in each of
+            random long rows, as Wanda does on C4 (see ``token_windows``).
         propagate: how calibration goes on behind a pruned layer: ``"block"``, ``"dense"`` or ``"linear"``
             (see :mod:`trisparse.sparsity.calibration`).
         dtype: compute dtype of calibration; None takes bf16 where the device is fast at it. Statistics are fp32.
@@ -130,6 +134,7 @@ def sparsify(
             samples=samples,
             seq_len=seq_len,
             seed=seed,
+            sampling=sampling,
             in_one=reads_inputs and propagate == "linear",
         )
     if reads_inputs:

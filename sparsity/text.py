@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _load_hub(repository: str, split: str, **options: Any) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(repository, split=split, **options)
+        loaded = datasets.load_dataset(repository, split=split, **options)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(f"no dataset {repository!r} on the Hugging Face hub. data may be {_SOURCES}") from error
     except OSError as error:  # no network, the hub is down, or offline mode
@@ -141,3 +142,14 @@ def _load_hub(repository: str, split: str, **options: Any) -> Any:
             f"text file, or, where there is one, run datasets.load_dataset({repository!r}, ...)"
             ".save_to_disk(FOLDER) and pass that folder"
         ) from error
+    if options.get("streaming") and (commit := _commit(loaded)) is not None:
+        # For the cache of token windows: a stream has no fingerprint. What is derived from it loses this attribute.
+        loaded.trisparse_source = f"{repository}@{commit} {split} {sorted(options.items(), key=str)}"
+    return loaded
+
+
+def _commit(stream: Any) -> str | None:
+    """The commit of the hub that ``stream`` reads, out of the addresses of its files."""
+    read = getattr(getattr(stream, "_ex_iterable", None), "kwargs", {})
+    commits = set(re.findall(r"hf://datasets/[^@'\"]+@([0-9a-f]{40})/", str(read)))
+    return commits.pop() if len(commits) == 1 else None

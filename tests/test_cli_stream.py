@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trisparse.cli.options import locate_model
-from trisparse.sparsity.checkpoint import load, read_info
+from trisparse.sparsity.checkpoint import load, read_info, save
 from trisparse.sparsity.mask import masks
 
 
@@ -58,6 +58,10 @@ def test_stream_writes_what_prune_writes_and_every_command_takes_it(dense, text,
         "retrain", tmp_path / "disk", "--data", text, "--out", tmp_path / "r", "--steps", 2, "--seq-len", 16, "--json"
     )
     assert [entry["step"] for entry in read_info(tmp_path / "r")["recipe"]] == ["prune", "retrain"]
+    with pytest.raises(ValueError, match="holds compressed weights, and streaming reads dense ones"):
+        invoke("prune", tmp_path / "r", "--stream", "--sparsity", "1:4", "--out", tmp_path / "again")
+    save(load(tmp_path / "r"), tmp_path / "r", form="dense", recipe=read_info(tmp_path / "r")["recipe"])
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "r")
     invoke("prune", tmp_path / "r", "--stream", "--sparsity", "1:4", "--out", tmp_path / "again")
     assert {str(mask.pattern) for mask in masks(load(tmp_path / "again")).values()} == {"1:4"}
     assert [entry["step"] for entry in read_info(tmp_path / "again")["recipe"]] == ["prune", "retrain", "prune"]

@@ -86,6 +86,7 @@ def test_wheel_holds_all_folders(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     expected = {f"trisparse/{file.relative_to(ROOT)}" for folder in ORDER for file in sources(folder)}
     expected |= {f"trisparse/{name}" for name in ("__init__.py", "env.py", "py.typed")}
+    expected |= {f"trisparse/{file.relative_to(ROOT)}" for file in (ROOT / "bench/papers/published").glob("*.json")}
     assert expected <= set(names)
     expected |= {f"trisparse/cli/{file.name}" for file in (ROOT / "src/trisparse/cli").glob("*.py")}
     unexpected = {n for n in names if not n.startswith(("trisparse/", "trisparse-"))}

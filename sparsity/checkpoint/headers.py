@@ -98,7 +98,12 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
     shards = set()
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+        if (
+            not isinstance(shard, str)
+            or Path(shard).name != shard
+            or "\\" in shard
+            or not shard.endswith(".safetensors")
+        ):
             raise CheckpointError(
                 f"{folder / INDEX_FILE} puts {name[:200]} in {str(shard)[:200]!r}, which is no safetensors file of the "
                 "folder"

@@ -76,7 +76,13 @@ def _one_step(step: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value, default=str)
+    text = (
+        value
+        if isinstance(value, str)
+        else f"{value:.6g}"
+        if isinstance(value, float)
+        else json.dumps(value, default=str)
+    )
     text = " ".join(text.split())
     return text if len(text) <= 120 else text[:117] + "..."
 

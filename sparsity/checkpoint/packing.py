@@ -101,7 +101,7 @@ def empty_layer(layer: nn.Module, target: Target) -> EmptyLayer:
     Raises:
         ValueError: ``layer`` is no linear layer of the shape of ``target``.
     """
-    if type(layer) not in (nn.Linear, Conv1D):
+    if not isinstance(layer, nn.Linear | Conv1D) or type(layer) not in (nn.Linear, Conv1D):
         raise ValueError(f"a {type(layer).__name__} has no compressed form")
     if tuple(layer.weight.shape) != target.shape or isinstance(layer, Conv1D) != target.transposed:
         raise ValueError(f"the model's weight has shape {tuple(layer.weight.shape)}, the file's {target.shape}")

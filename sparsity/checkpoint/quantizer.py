@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 METHOD = "trisparse"
 
 
-class TrisparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class TrisparseConfig(QuantizationConfigMixin):
     """``quantization_config`` of a compressed checkpoint; as an argument of ``from_pretrained`` it says how to load it.
 
     Args:
@@ -37,7 +37,7 @@ class TrisparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, *, dense: bool = False, manifest: Manifest | None = None) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # an enumeration of transformers' own
         self.dense = dense
         self.manifest = manifest
 
@@ -84,8 +84,8 @@ class TrisparseQuantizer(HfQuantizer):
 
         if self.quantization_config.manifest is None:
             raise ValueError(
-                "quantization_config is a TrisparseConfig, but the model is no trisparse checkpoint: it says how one is "
-                "loaded. trisparse.sparsify prunes a model"
+                "quantization_config is a TrisparseConfig, which says how our checkpoints are loaded, but the model is "
+                "no trisparse checkpoint: trisparse.sparsify prunes a model"
             )
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if not files:
@@ -98,7 +98,7 @@ class TrisparseQuantizer(HfQuantizer):
         del self._loading
         loading.finish(dense=self.quantization_config.dense)
         # A sparse weight is of the model's own dtype: .half(), .to(dtype) and training do what they always do.
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]
         return model
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
@@ -126,7 +126,7 @@ class TrisparseQuantizer(HfQuantizer):
         from trisparse.sparsity.compression import decompress
 
         decompress(model)
-        return model if dtype is None else model.to(dtype)
+        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
     @property
     def is_trainable(self) -> bool:
@@ -148,7 +148,7 @@ def mark_compressed(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel) and not isinstance(getattr(model, "hf_quantizer", None), TrisparseQuantizer):
-        model.hf_quantizer = TrisparseQuantizer(TrisparseConfig())
+        model.hf_quantizer = TrisparseQuantizer(TrisparseConfig())  # type: ignore[assignment]
 
 
 def unmark_compressed(model: nn.Module) -> None:
@@ -157,11 +157,11 @@ def unmark_compressed(model: nn.Module) -> None:
 
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(model, PreTrainedModel) and isinstance(quantizer, TrisparseQuantizer):
-        quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
 
 
 if METHOD not in table.AUTO_QUANTIZER_MAPPING:
     table.register_quantization_config(METHOD)(TrisparseConfig)
     table.register_quantizer(METHOD)(TrisparseQuantizer)
     # Without this, transformers ignores the TrisparseConfig that is given to from_pretrained.
-    table.LOADING_ATTRIBUTES_CONFIG_TYPES += (TrisparseConfig,)
+    table.LOADING_ATTRIBUTES_CONFIG_TYPES += (TrisparseConfig,)  # type: ignore[assignment]

@@ -149,7 +149,7 @@ def _fill(model: nn.Module, path: Path, manifest: Manifest, *, dense: bool) -> N
         layer = model.get_submodule(owner)
         try:
             if name in made and not dense:
-                made[name].bias = layer.bias
+                made[name].bias = layer.bias  # type: ignore[assignment]
                 replace(model, owner, made[name])
             elif name in made:
                 attach(layer, param, made[name].mask, zero=False)
@@ -180,9 +180,10 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
         settings["dense"] = dense  # the quantizer checks the size
     else:
         check_size(empty_model(model_class, config, path), [tensor.shape for tensor in stored.values()], path)
+    model: PreTrainedModel
     try:
         with quiet_transformers():
-            made: Any = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype or "auto",
@@ -190,13 +191,13 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
                 local_files_only=True,
                 output_loading_info=True,
             )
+            model, loading = loaded
     except CheckpointError:
         raise
     except Exception as error:  # what a config breaks in a model may raise anything
         raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
-    model: PreTrainedModel = made[0]
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := made[1].get(what):
+        if keys := loading.get(what):
             listed = ", ".join(sorted(map(str, keys))[:3])
             raise CheckpointError(
                 f"the weights in {path} do not fit {model_class.__name__}: {what.replace('_', ' ')} {listed}"

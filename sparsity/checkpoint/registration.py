@@ -7,6 +7,7 @@ imported first. So :func:`register_on_import` waits for transformers to import i
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -26,28 +27,36 @@ def register() -> None:
 
 def register_on_import() -> None:
     """:func:`register` now if transformers has its table already, else as soon as it is imported."""
-    if _TABLE in sys.modules:
-        register()
-    elif not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TableFinder())
+    when_imported(_TABLE, register)
 
 
-class _TableFinder(MetaPathFinder):
-    """Finds one module, as the usual finder does, and registers once it is executed."""
+def when_imported(module: str, action: Callable[[], None]) -> None:
+    """Call ``action`` now if ``module`` is imported already, else as soon as it is; once, however often it is asked."""
+    if module in sys.modules:
+        action()
+    elif not any(isinstance(finder, _Finder) and finder.module == module for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(module, action))
+
+
+class _Finder(MetaPathFinder):
+    """Finds one module, as the usual finder does, and calls ``action`` once it is executed."""
+
+    def __init__(self, module: str, action: Callable[[], None]) -> None:
+        self.module, self._action = module, action
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _TABLE:
+        if fullname != self.module:
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = _ActingLoader(spec.loader, self._action)
         return spec
 
 
-class _RegisteringLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+class _ActingLoader(Loader):
+    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
+        self._loader, self._action = loader, action
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -58,4 +67,4 @@ class _RegisteringLoader(Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        register()
+        self._action()

@@ -137,10 +137,11 @@ class Target:
         cols, kept = entry.get("cols", shape[-2 if transposed else -1]), entry.get("kept")
         if type(cols) is not int or type(kept) is not int:
             raise TargetError(f"kept {kept!r} and cols {cols!r} must be integers")
-        texts = (entry.get("format"), entry.get("pattern", pattern), entry.get("sha256"))
-        for text in texts:
+        texts: list[str] = []
+        for text in (entry.get("format"), entry.get("pattern", pattern), entry.get("sha256")):
             if not isinstance(text, str) or len(text) > 64:
                 raise TargetError(f"format, pattern and sha256 must be short texts, got {str(text)[:80]!r}")
+            texts.append(text)
         try:
             made = parse_pattern(texts[1])
         except ValueError as error:

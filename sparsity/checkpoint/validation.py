@@ -18,6 +18,7 @@ from trisparse.sparsity.checkpoint.target import Target, TargetError
 from trisparse.sparsity.mask import bits_sha256
 from trisparse.sparsity.pattern import NM
 
+
 def check_positions(target: Target, positions: Mapping[str, Tensor]) -> Tensor | None:
     """Check the tensors on the CPU that say which weights are kept; the mask must have the target's hash.
 

@@ -116,14 +116,14 @@ def _quantizer(model: PreTrainedModel, quantizer: TrisparseQuantizer | None) -> 
     model.__dict__.pop("hf_quantizer", None)
     model.config.__dict__.pop("quantization_config", None)
     if quantizer is not None:
-        model.hf_quantizer = quantizer
+        model.__dict__["hf_quantizer"] = quantizer
     try:
         yield
     finally:
         model.__dict__.pop("hf_quantizer", None)
         model.config.__dict__.pop("quantization_config", None)
         if before is not None:
-            model.hf_quantizer = before
+            model.__dict__["hf_quantizer"] = before
         if config is not None:
             model.config.quantization_config = config
 

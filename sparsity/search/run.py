@@ -93,8 +93,7 @@ def search(
     batches = calibration_batches(
         model, calibration, tokenizer=tokenizer, samples=samples, seq_len=seq_len, seed=settings.seed
     )
-    text = token_windows(evaluation, tokenizer=tokenizer, seq_len=seq_len, samples=windows)
-    text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(_WINDOW_ORDER))]
+    text = evaluation_windows(evaluation, tokenizer=tokenizer, seq_len=seq_len, windows=windows)
     dtype = dtype or compute_dtype(model)
     header = _header(model, targets, settings, batches, text, dtype, name)
     with ExitStack() as stack:
@@ -130,6 +129,12 @@ def search(
         if finished:
             log.append({"kind": "summary", **result.to_dict()})
     return result
+
+
+def evaluation_windows(evaluation: Any, *, tokenizer: Any = None, seq_len: int, windows: int) -> Tensor:
+    """The windows [windows, seq_len] that a search measures perplexity on, in the order that it takes them."""
+    text = token_windows(evaluation, tokenizer=tokenizer, seq_len=seq_len, samples=windows)
+    return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(_WINDOW_ORDER))]
 
 
 def rounds(settings: SearchSettings) -> Iterator[list[tuple[int, int]]]:

@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
-from trisparse.sparsity.checkpoint import INFO_FILE, MASKS_FILE, CheckpointError, read_info
+from trisparse.sparsity.checkpoint import INFO_FILE, MASKS_FILE, CheckpointError, is_checkpoint, read_info
 from trisparse.sparsity.hardware import return_freed_memory
 from trisparse.sparsity.mask import Mask, attach, check_masks, combined_sha256, detach
 from trisparse.sparsity.pattern import parse_pattern
@@ -137,6 +137,11 @@ class ModelOnDisk:
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder} has no config.json of a model that transformers knows: {error}") from error
+        if is_checkpoint(self.folder) and not (self.folder / INFO_FILE).is_file():
+            raise ValueError(
+                f"{self.folder} holds compressed weights, and streaming reads dense ones: write them with "
+                "trisparse.save(trisparse.load(folder), other, form='dense')"
+            )
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{self.folder} is quantized: only dense weights can be pruned")
         architecture = (config.architectures or ["none"])[0]

@@ -21,6 +21,7 @@ from trisparse.sparsity.batches import batch_size, calibration_batches
 from trisparse.sparsity.calibration import PROPAGATE, BlockRunner, Propagate
 from trisparse.sparsity.capture import Batch
 from trisparse.sparsity.checkpoint import check_output
+from trisparse.sparsity.data import Sampling
 from trisparse.sparsity.distributed import ALONE, own_device, running_processes
 from trisparse.sparsity.gradient_statistics import GradientStatistics
 from trisparse.sparsity.metric import Method, Metric, find_metric, shown_name
@@ -54,6 +55,7 @@ def stream_sparsify(
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,
+    sampling: Sampling = "windows",
     propagate: Propagate = "block",
     dtype: torch.dtype | None = None,
     allocation: Allocation | str | PathLike[str] | None = None,
@@ -75,8 +77,8 @@ def stream_sparsify(
         folder: a Hugging Face folder with safetensors, or a checkpoint of ours, whose masks are then replaced.
         out: a new folder, an empty one, or an earlier checkpoint of ours, which is replaced at the end; neither
             ``folder`` nor inside of it, nor around it.
-        sparsity, method, data, include, exclude, samples, seq_len, seed, propagate, dtype, update, damping: as in
-            ``sparsify``.
+        sparsity, method, data, include, exclude, samples, seq_len, seed, sampling, propagate, dtype, update, damping: as
+            in ``sparsify``.
         tokenizer: for text; saved alongside.
         gradients: a file of G, for a metric that reads G.
         allocation: as in ``sparsify``; one that goes by the shapes alone.
@@ -133,6 +135,7 @@ def stream_sparsify(
             samples=samples,
             seq_len=seq_len,
             seed=seed,
+            sampling=sampling,
             in_one=propagate == "linear",
             device=device,
         )

@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from trisparse.retrain.peft_registration import register_with_peft
 from trisparse.sparsity.checkpoint.registration import register_on_import
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from trisparse.sparsity.report import SparsityReport
     from trisparse.sparsity.sparsify import sparsify
     from trisparse.sparsity.streaming.stream import stream_sparsify
+    from trisparse.sparsity.zero_shot import zero_shot
+    from trisparse.sparsity.zero_shot_report import ZeroShotReport
 
 __version__ = version("trisparse")
 
@@ -74,6 +77,7 @@ _HOME = {
     "Unstructured": "sparsity.pattern",
     "VisionConfig": "retrain.vision",
     "VisionReport": "retrain.vision_report",
+    "ZeroShotReport": "sparsity.zero_shot_report",
     "accuracy": "retrain.vision",
     "check_masks": "sparsity.mask",
     "compress": "sparsity.compression",
@@ -91,6 +95,7 @@ _HOME = {
     "sparse_lora_modules": "retrain.sparse_lora_config",
     "sparsify": "sparsity.sparsify",
     "stream_sparsify": "sparsity.streaming.stream",
+    "zero_shot": "sparsity.zero_shot",
 }
 
 __all__ = [
@@ -125,6 +130,7 @@ __all__ = [
     "Unstructured",
     "VisionConfig",
     "VisionReport",
+    "ZeroShotReport",
     "accuracy",
     "check_masks",
     "compress",
@@ -143,6 +149,7 @@ __all__ = [
     "sparse_lora_modules",
     "sparsify",
     "stream_sparsify",
+    "zero_shot",
 ]
 
 
@@ -155,3 +162,4 @@ def __getattr__(name: str) -> Any:
 
 
 register_on_import()  # from_pretrained opens checkpoints of ours from now on
+register_with_peft()  # and PeftModel.from_pretrained their adapters

@@ -77,13 +77,22 @@ def _run(*command: str, folder: Path | None = None) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that the package is run from, and whether its tracked files are changed."""
-    if not (_ROOT / ".git").exists():  # installed, perhaps inside some other project's checkout
+    """Commit of the checkout that the package is run from, and whether its tracked files are changed.
+
+    Results of benchmarks do not count: the first ones would make all that follow look changed.
+    """
+    if checkout() is None:
         return None, None
     commit = _run("git", "rev-parse", "HEAD", folder=_ROOT)
     if not commit:
         return None, None
-    return commit, bool(_run("git", "status", "--porcelain", "--untracked-files=no", folder=_ROOT))
+    status = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+    return commit, bool(_run(*status, folder=_ROOT))
+
+
+def checkout() -> Path | None:
+    """The root of the checkout that the package is run from; None where it is installed."""
+    return _ROOT if (_ROOT / ".git").exists() else None  # an installed one may lie inside another project's checkout
 
 
 def _cpu_model() -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trisparse.bench.masked_lora import peak_bytes
+from trisparse.bench.peak_memory import peak_bytes
 from trisparse.kernels import linear as module
 from trisparse.kernels.bitmask import pack_bits
 from trisparse.kernels.compressed import FORMATS, TILE, CompressedWeight, compress, tile_offsets
@@ -79,6 +79,7 @@ def test_masked_keeps_the_weight_and_shares_it():
 @pytest.mark.parametrize("shape", [(COLS,), (0, COLS), (5, COLS), (2, 3, COLS)])
 def test_equals_torch(format, rank, shape, dtype, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 7 * COLS)  # several chunks, the last shorter
+    monkeypatch.setattr(module, "_WHOLE", 0)
     dense, weight = compressed(format, dtype)
     x, bias = normal(*shape, seed=4, dtype=dtype), normal(ROWS, seed=5, dtype=dtype)
     lora = adapter(rank, dtype) if rank else None
@@ -99,6 +100,7 @@ def test_equals_torch(format, rank, shape, dtype, monkeypatch):
 def test_gradients(format, rank, biased, monkeypatch):
     rows, cols = 5, 112
     monkeypatch.setattr(module, "_CHUNK", 2 * cols)
+    monkeypatch.setattr(module, "_WHOLE", 0)
     dense, weight = compressed(format, torch.float64, rows, cols)
     inputs = [normal(1, 2, cols, seed=4, dtype=torch.float64, grad=True)]
     if biased:
@@ -147,6 +149,7 @@ def test_half_precision_gradients_are_as_exact_as_torch(format, monkeypatch):
 def test_memory_is_that_of_a_tile(format, precision, monkeypatch):
     tile, (rows, cols) = 1 << 14, (2048, 560)
     monkeypatch.setattr(module, "_CHUNK", tile)
+    monkeypatch.setattr(module, "_WHOLE", 0)
     _, weight = compressed(format, precision, rows, cols)
     x, dy = normal(4, cols, dtype=precision), normal(4, rows, dtype=precision)
     # 16 bytes a weight of the tile: itself, where it lies as int64, and in between.
@@ -156,13 +159,30 @@ def test_memory_is_that_of_a_tile(format, precision, monkeypatch):
     assert peak_bytes(lambda: linear_backward(dy, weight)) <= allowed
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_layer_gives_the_bits_of_a_dense_one_and_takes_its_bytes(format, precision, monkeypatch):
+    rows, cols, chunk = 200, 560, 13 * 560
+    dense, weight = compressed(format, precision, rows, cols)
+    bias = normal(rows, seed=5, dtype=precision)
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    xs = [normal(tokens, cols, seed=tokens, dtype=precision) for tokens in (1, 3, 16, 100)]
+    for x in xs:
+        assert torch.equal(linear(x, weight, bias), F.linear(x, dense, bias))
+        assert torch.equal(linear(x, weight, bias, conv1d=True), torch.addmm(bias, x, dense.t().contiguous()))
+    assert peak_bytes(lambda: linear(xs[0], weight)) <= dense.nbytes + 17 * chunk + 4 * 4 * (rows + cols) * 4
+    monkeypatch.setattr(module, "_WHOLE", 0)
+    if all(torch.equal(linear(x, weight), F.linear(x, dense)) for x in xs):
+        pytest.skip("on this CPU a product by parts has the bits of the whole")
+
+
 @pytest.mark.parametrize(("format", "rank"), [("2:4", 0), ("bitmask", 3)])
 def test_registered(format, rank):
     _, weight = compressed(format)
     a, b, _ = adapter(rank, grad=True) if rank else (None, None, 0.0)
     parts = weight.values, weight.meta, weight.row_offsets, weight.tile_offsets, format, COLS, weight.n, weight.m
     x, bias = normal(3, COLS, grad=True), normal(ROWS, grad=True)
-    torch.library.opcheck(torch.ops.trisparse.linear.default, (x, *parts, bias, a, b, 0.5))
+    torch.library.opcheck(torch.ops.trisparse.linear.default, (x, *parts, bias, a, b, 0.5, False))
     torch.library.opcheck(torch.ops.trisparse.linear_backward.default, (normal(3, ROWS), *parts, *_detached(a, b), 0.5))
 
 

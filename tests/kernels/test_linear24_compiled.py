@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trisparse.bench.bounds_linear24 import SHAPES, bound, product
+from trisparse.bench.bounds.linear24 import SHAPES, bound, product
 from trisparse.kernels.aot import resources, table
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.launch import device as cuda

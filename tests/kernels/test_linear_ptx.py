@@ -1,6 +1,6 @@
 """The compiled kernels of the compressed linear layer, under emulation of their PTX.
 
-The bounds for more cases go to bench/results by `python -m trisparse.bench.bounds_linear`.
+The bounds for more cases go to bench/results by `python -m trisparse.bench.bounds linear`.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trisparse.bench.bounds_linear import SHAPES, TOKENS, bound, half
+from trisparse.bench.bounds.linear import SHAPES, TOKENS, bound, half
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.linear import linear, linear_backward, linear_ref
 

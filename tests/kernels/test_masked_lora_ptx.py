@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from trisparse.bench.bounds_masked_lora import bound
+from trisparse.bench.bounds.masked_lora import bound
 from trisparse.kernels import masked_lora as module
 from trisparse.kernels import masked_lora_triton
 from trisparse.kernels.aot import resources
@@ -21,7 +21,7 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-# Shapes that are multiples of 16 compile to the same kernels; bench/bounds_masked_lora.py has the others.
+# Shapes that are multiples of 16 compile to the same kernels; bench/bounds/masked_lora.py has the others.
 @pytest.mark.parametrize(("tokens", "rank", "dtype"), [(16, 128, torch.float32), (512, 16, torch.bfloat16)])
 def test_no_kernel_spills(tokens, rank, dtype):
     x, dy, weight = meta(tokens, 4096), meta(tokens, 4096), meta(4096, 4096)

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 
-from trisparse.bench.selection_bounds import bound, cases
+from trisparse.bench.bounds.selection import bound, cases
 from trisparse.kernels.aot import resources
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.metric import compile_metric, score

@@ -1,6 +1,6 @@
 """The compiled kernel of the OBS update under emulation of its PTX: equal, free of races, within its counted bounds.
 
-The same figures, for more cases, go to bench/results by `python -m trisparse.bench.bounds_obs`.
+The same figures, for more cases, go to bench/results by `python -m trisparse.bench.bounds obs`.
 """
 
 import os
@@ -8,7 +8,7 @@ import os
 import pytest
 
 pytest.importorskip("triton")
-from trisparse.bench.bounds_obs import bound
+from trisparse.bench.bounds.obs import bound
 from trisparse.kernels.launch import Emulator, ptxsim, using
 
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,6 +1,6 @@
 """The compiled kernels under emulation of their PTX: exact, free of races, and within the counted bounds.
 
-The same figures, for more outputs, go to bench/results by `python -m trisparse.bench.selection_bounds`.
+The same figures, for more outputs, go to bench/results by `python -m trisparse.bench.bounds selection`.
 """
 
 import os
@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from trisparse.bench.selection_bounds import bound, cases
+from trisparse.bench.bounds.selection import bound, cases
 from trisparse.kernels import bitmask
 from trisparse.kernels.launch import Emulator, ptxsim, using
 from trisparse.kernels.nm import meta_2_4, select_nm, select_nm_ref

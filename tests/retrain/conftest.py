@@ -94,7 +94,9 @@ def build_model() -> Callable[[str], transformers.PreTrainedModel]:
 @pytest.fixture(scope="session")
 def digits() -> tuple[Any, Any]:
     """((1400 images, labels), (397 images, labels))."""
-    from trisparse.bench import digits as bench  # not at the top: processes that the tests start import this file, too
+    from trisparse.bench.studies import (
+        digits as bench,
+    )  # not at the top: processes that the tests start import this file, too
 
     return bench.digits()
 
@@ -102,7 +104,7 @@ def digits() -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def trained_resnet(digits: tuple[Any, Any]) -> nn.Module:
     """A small ResNet trained on ``digits``, in eval mode; to be copied, not changed."""
-    from trisparse.bench import digits as bench
+    from trisparse.bench.studies import digits as bench
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from trisparse.bench.masked_lora import peak_bytes
+from trisparse.bench.peak_memory import peak_bytes
 from trisparse.kernels import masked_lora
 from trisparse.retrain import masked_product as product_module
 from trisparse.retrain.lora_layer import VARIANTS

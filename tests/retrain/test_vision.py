@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import trisparse
-from trisparse.bench import digits as bench
+from trisparse.bench.studies import digits as bench
 from trisparse.retrain import vision_loop
 from trisparse.retrain.groups import VISION_PRESETS
 from trisparse.retrain.schedule import ALLR, Linear, pruning_change

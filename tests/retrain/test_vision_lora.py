@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from trisparse.bench import digits as bench
+from trisparse.bench.studies import digits as bench
 from trisparse.retrain import vision
 from trisparse.retrain.layer_adapters import LayerAdapters
 from trisparse.retrain.loop import RetrainError

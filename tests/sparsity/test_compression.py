@@ -98,7 +98,7 @@ def test_report_shows_bytes_backends_and_times():
     assert report.bytes == 2 * (64 * 64 * 2 + 64 * 64 // 8)
     text = str(report)
     assert "16 tok, us (dense)" in text
-    assert "on cpu the product stays dense" in text
+    assert "on cpu a layer is dense while it is multiplied" in text
     assert json.loads(report.to_json())["bytes"] == report.bytes
 
 

@@ -12,7 +12,10 @@ from trisparse.cli.options import app
 
 __all__ = ["app", "main"]
 
-for _commands in ("prune", "retrain", "export", "search", "bench"):  # in the order that --help shows them
+# in the order that --help shows them
+for _commands in (
+    "prune", "evaluate", "retrain", "export", "search", "bench", "bench_run", "bench_papers", "bench_report"
+):  # fmt: skip
     import_module(f"trisparse.cli.{_commands}")
 
 

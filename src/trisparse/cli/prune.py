@@ -1,4 +1,4 @@
-"""The commands prune, eval and inspect."""
+"""The commands prune and inspect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import typer
 
 from trisparse.cli.options import (
     AsJson,
-    Data,
     Folder,
     Model,
     Out,
@@ -36,6 +35,9 @@ def prune(
     data: Annotated[str | None, typer.Option(help="Calibration data; see 'trisparse eval --help'.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: SeqLen = None,
+    sampling: Annotated[
+        str, typer.Option(help="windows of the joined text, or documents: a place in random long rows, as Wanda on C4.")
+    ] = "windows",
     include: Annotated[list[str] | None, typer.Option(help="Weights to prune (shell pattern; repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Weights to leave out (shell pattern; repeatable).")] = None,
     propagate: Annotated[str, typer.Option(help="block, dense or linear.")] = "block",
@@ -87,6 +89,7 @@ def prune(
             "samples": samples,
             "seq_len": seq_len,
             "seed": seed,
+            "sampling": sampling,
             "propagate": propagate,
             "gradients": gradients,
             "allocation": allocation,
@@ -129,31 +132,12 @@ def prune(
             step = {"step": "prune", "data": data, "seed": seed, **{key: content[key] for key in done}}
             if report.update is not None:
                 step |= {"damping": damping}
+            if data is not None and sampling != "windows":
+                step |= {"sampling": sampling}
             if dtype != "auto":
                 step |= {"dtype": dtype}
             save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, step])
     show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
-
-
-@app.command("eval")
-def evaluate(
-    model: Model,
-    data: Data,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the perplexity of a model."""
-    from trisparse.sparsity.perplexity import perplexity
-    from trisparse.sparsity.progress import counting_bar
-    from trisparse.sparsity.text import load_text
-
-    text = load_text(data, split="test")
-    loaded, tokenizer, _ = load_model(model)
-    with counting_bar("perplexity") as progress:
-        value = perplexity(loaded, text, tokenizer=tokenizer, seq_len=seq_len, max_tokens=max_tokens, progress=progress)
-    result = {"model": model, "data": data, "seq_len": seq_len, "max_tokens": max_tokens, "perplexity": value}
-    show(result, f"perplexity {value:.3f}", as_json)
 
 
 @app.command()

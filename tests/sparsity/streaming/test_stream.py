@@ -51,7 +51,7 @@ def compare(folder, tmp_path, *arguments, hidden_states="memory", **options):
     if plain is None:
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     expected = sparsify(plain, *arguments, progress=False, **options)
-    save(plain, tmp_path / "plain")
+    save(plain, tmp_path / "plain", form="dense")
     report = stream_sparsify(
         folder, tmp_path / "streamed", *arguments, hidden_states=hidden_states, device="cpu", progress=False, **options
     )
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_ours_keeps_the_masks_of_what_is_left_out(folder_of, bat
     folder_of("llama")
     once = load_plain(tmp_path / "dense")
     sparsify(once, "1:4", progress=False)
-    save(once, tmp_path / "once", recipe=[{"step": "prune", "pattern": "1:4"}])
+    save(once, tmp_path / "once", recipe=[{"step": "prune", "pattern": "1:4"}], form="dense")
     compare(tmp_path / "once", tmp_path, "25%", "wanda", batches, exclude="*.layers.0.*")
     patterns = {name: str(mask.pattern) for name, mask in masks(load(tmp_path / "streamed")).items()}
     assert patterns["model.layers.0.mlp.up_proj.weight"] == "1:4"
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_ours_keeps_the_masks_of_what_is_left_out(folder_of, bat
 def test_a_layer_that_was_pruned_before_cannot_be_left_dense(folder_of, tmp_path, allocation, sparsity):
     once = load_plain(folder_of("llama"))
     sparsify(once, "5%", progress=False)
-    save(once, tmp_path / "once")
+    save(once, tmp_path / "once", form="dense")
     messages = []
     for prune, arguments in ((sparsify, [load(tmp_path / "once")]), (stream_sparsify, [tmp_path / "once", "out"])):
         arguments = [tmp_path / value if value == "out" else value for value in arguments]
@@ -350,7 +350,7 @@ def test_models_that_cannot_be_passed_through_are_refused(folder_of, batches, tm
 def test_masks_that_are_not_those_of_the_checkpoint(folder_of, tmp_path):
     model = load_plain(folder_of("llama"))
     sparsify(model, "2:4", progress=False)
-    folder = save(model, tmp_path / "once")
+    folder = save(model, tmp_path / "once", form="dense")
     bits = load_file(folder / "trisparse_masks.safetensors")
     next(iter(bits.values()))[0, 0] ^= 1
     save_file(bits, folder / "trisparse_masks.safetensors")
@@ -365,7 +365,7 @@ def test_masks_that_are_not_those_of_the_checkpoint(folder_of, tmp_path):
 def test_the_source_is_not_replaced(folder_of, tmp_path, place):
     folder = folder_of("llama")
     sparsify(model := load_plain(folder), "1:4", progress=False)
-    save(model, folder := tmp_path / "once" / "dense")  # a checkpoint of ours, which out might replace
+    save(model, folder := tmp_path / "once" / "dense", form="dense")  # a checkpoint of ours, which out might replace
     (tmp_path / "once" / "link").symlink_to(folder)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="are one inside the other"):

@@ -1,0 +1,1 @@
+"""The papers' tables: each number a cell that is measured once, stored, and set beside the published one."""

@@ -1,0 +1,89 @@
+"""`trisparse bench list` and `run`: what they print, write and end with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from trisparse import cli
+from trisparse.bench import registry
+from trisparse.bench.registry import Case, Measured, Options, benchmark, benchmarks
+from trisparse.bench.rows import read_rows
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A benchmark of a right and, where the model is "bad", a wrong contestant; gives the options that it saw."""
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "_MODULES", ())
+    seen = []
+
+    @benchmark("toy", "doubles one")
+    def run(options):
+        seen.append(options)
+        one = torch.ones(1, dtype=options.dtype or torch.float32)
+        wrong = {"wrong": lambda: one} if options.model == "bad" else {}
+        yield Case("twice [a]", {}, {"add": lambda: one + one, **wrong}, lambda: one * 2, "add", repeats=2)
+        yield Measured("quality", {}, {"add": {"perplexity": 12.5}})
+
+    return seen
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.app, ["bench", *map(str, args)])
+
+
+def test_list(toy):
+    assert invoke("list").stdout == "toy  doubles one\n"
+    assert json.loads(invoke("list", "--json").stdout) == {"toy": "doubles one"}
+
+
+def test_run(toy, tmp_path):
+    options = ["--quick", "--device", "cpu", "--dtype", "bfloat16", "--model", "m", "--repeats", 4, "--out", tmp_path]
+    result = invoke("run", "toy", *options)
+    assert result.exit_code == 0, result.output
+    assert toy == [Options(quick=True, dtype=torch.bfloat16, model="m", repeats=4)]
+    assert "twice [a]" in result.stdout
+    assert "12.5" in result.stdout
+    assert "toy: quality: add" in result.stderr
+    timed, quality = read_rows(tmp_path / "toy.jsonl")
+    assert timed.command == "trisparse bench run toy --quick --device cpu --dtype bfloat16 --model m --repeats 4"
+    assert timed.seconds["repeats"] == 4
+    assert quality.metrics == {"perplexity": 12.5}
+
+
+def test_a_wrong_contestant_ends_with_1(toy, tmp_path):
+    result = invoke("run", "toy", "--model", "bad", "--device", "cpu", "--out", tmp_path, "--json")
+    assert result.exit_code == 1
+    content = json.loads(result.stdout)
+    assert [row["contestant"] for row in content["rows"]] == ["add", "add"]
+    assert content["errors"] == [
+        "toy: twice [a]: wrong is wrong and not timed: AssertionError: not equal to the reference"
+    ]
+    assert "error: toy: twice [a]: wrong is wrong" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "tow"], "there is no benchmark 'tow'; known are toy"),
+        (["run", "toy", "--dtype", "fp8"], "dtype must be one of float32, bfloat16, float16, got 'fp8'"),
+        (["run", "toy", "--repeats", "0"], "repeats must be at least 1"),
+        (["run", "toy", "--device", "meta"], "device must be cpu or cuda"),
+        (["compare", "nothing", "here"], "has no rows of benchmarks"),
+    ],
+)
+def test_errors_are_one_line(toy, trisparse_error, args, message):
+    assert message in trisparse_error("bench", *args)
+
+
+def test_a_name_is_registered_once(toy):
+    with pytest.raises(ValueError, match="'toy' is registered twice"):
+        benchmark("toy", "again")(lambda options: iter(()))
+
+
+def test_the_families_are_there():
+    assert {"prune", "select"} <= benchmarks().keys()
