@@ -219,7 +219,7 @@ def test_groups_of_a_reconstruction_are_named_as_elsewhere(tiny_llama, monkeypat
         raise ValueError("seen enough")
 
     monkeypatch.setattr(plans, "reconstruction_plan", watch)
-    monkeypatch.setattr(retrain_reconstruct, "load_model", lambda model: (torch.nn.Linear(1, 1), None, []))
+    monkeypatch.setattr(retrain_reconstruct, "load_model", lambda model, recover: (torch.nn.Linear(1, 1), None, []))
     settings = value_of("groups", section_of(ReconstructConfig)["groups"], given)
     job = Job.of(str(tiny_llama / "pruned"), {"groups": settings, "device": "cpu"}, dry_run=True, as_json=False)
     with pytest.raises(ValueError, match="seen enough"):
