@@ -28,9 +28,7 @@ from trisparse.sparsity.obs import Update
 from trisparse.sparsity.perplexity import perplexity
 from trisparse.sparsity.progress import quiet_transformers
 from trisparse.sparsity.sparsify import sparsify
-
-# The seven tasks of the papers' zero-shot tables, as lm-eval names them.
-ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+from trisparse.sparsity.zero_shot import PAPER_TASKS, zero_shot
 
 _MOST_TO_DRAW_FROM = 4096  # windows: a text is tokenized as a whole
 
@@ -282,9 +280,10 @@ def evaluate(
             questions = session.once(("choice", name), lambda: choice_questions(tokenizer))
             metrics["choice_accuracy"] = choice_accuracy(model, questions)
     if "zero_shot_accuracy" in wanted:
-        from trisparse.bench.papers.zero_shot import zero_shot_accuracy
-
-        metrics["zero_shot_accuracy"] = zero_shot_accuracy(model, tokenizer, ZERO_SHOT_TASKS)
+        mean = zero_shot(model, tokenizer, PAPER_TASKS, progress=False).mean
+        if mean is None:
+            raise ValueError(f"zero_shot_accuracy is a mean of accuracies, and one of {PAPER_TASKS} has none")
+        metrics["zero_shot_accuracy"] = mean
     return metrics
 
 
