@@ -98,10 +98,12 @@ def _dots(axes: Any, found: Comparison, columns: list[str], values: dict[Place, 
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Numbers instead of powers of ten, at 1, 2 and 5 of each power."""
+    """Numbers instead of powers of ten, at 1, 2 and 5 of each power where there is room."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=30))
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high < 300 * low else (1,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=30))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
