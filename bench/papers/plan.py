@@ -1,4 +1,4 @@
-"""Which models the papers' tables run on where one GPU holds one model at most: the one at hand, or others no larger."""
+"""Which models the papers' tables run on where one GPU has no room for all of them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ STAND_IN = """#!/bin/sh
 cd "$(dirname "$0")/.."
 echo "$(basename "$0") $*" >> calls.txt
 [ "$*" = "bench list" ] && printf 'papers/one  a table\\nselect  masks\\npapers/two  another\\n'
-case "$*" in *--plan*) printf 'one %s\\ntwo own/b\\n' "${4:-}" ;; esac
+for last; do :; done
+case "$*" in *--plan*) printf 'one %s\\ntwo own/b\\n' "$last" ;; esac
 [ ! -s fail.txt ] || ! echo "$*" | grep -q "$(cat fail.txt)"
 """
 
@@ -154,6 +155,7 @@ def test_names_with_spaces_and_dollars_are_one_word(recipe, tmp_path):
     done, calls = recipe(**settings, BENCHES="prune", PAPERS="one")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "trisparse bench run prune --model my models/$b --device cuda --out a folder/rows" in calls
+    assert any(call.startswith("trisparse bench run papers/one --model my models/$b --scale paper") for call in calls)
     assert (tmp_path / "a folder/env.json").is_file()
     assert (tmp_path / "a folder.tar.gz").is_file()
     _, calls = recipe(**settings, BENCHES="prune", PAPERS="one")
