@@ -1,7 +1,8 @@
 """vLLM's side of a compressed checkpoint: which layers are compressed, and how they are loaded and run.
 
 vLLM calls every compressed form a quantization. This is the protocol of vLLM 0.33: a layer asks the quantization config
-for a method, which creates parameters with a ``weight_loader``, is called when all is loaded, and is applied. The loaders that vLLM's layers bring would cut our tensors as if they were dense, so the parameters have their own.
+for a method, which creates parameters with a ``weight_loader``, is called when all is loaded, and is applied. The
+loaders that vLLM's layers bring would cut our tensors as if they were dense, so the parameters have their own.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def _shares(
         (name, target), whole = next(iter(targets.items())), sum(sizes)
         if target.rows != whole:
             raise ValueError(
-                f"{name} is fused in the checkpoint, and a device has {whole} of its {target.rows} rows: it runs on one "
-                f"device only; {EXPORT}"
+                f"{name} is fused in the checkpoint, and a device has {whole} of its {target.rows} rows: it runs on "
+                f"one device only; {EXPORT}"
             )
         sizes = [whole]
     if len(sizes) != len(targets):
