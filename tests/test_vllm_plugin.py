@@ -62,7 +62,9 @@ def build(quant_config):
     common = {"quant_config": quant_config}
     attention, mlp = f"{BLOCK}.self_attn", f"{BLOCK}.mlp"
     layers = {
-        f"{attention}.qkv_proj": lambda name: protocol.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, prefix=name, **common),
+        f"{attention}.qkv_proj": lambda name: protocol.QKVParallelLinear(
+            HIDDEN, HEAD, HEADS, KV, prefix=name, **common
+        ),
         f"{attention}.o_proj": lambda name: protocol.RowParallelLinear(HIDDEN, HIDDEN, prefix=name, **common),
         f"{mlp}.gate_up_proj": lambda name: protocol.MergedColumnParallelLinear(
             HIDDEN, [MIDDLE, MIDDLE], bias=False, prefix=name, **common
@@ -138,7 +140,9 @@ def test_fused_layers_equal_the_dense_masked_ones(vllm, tmp_path, pattern, order
         assert torch.allclose(y, dense, rtol=1e-6, atol=1e-6)  # of one product over more rows
     attention, block = loaded.get_submodule(BLOCK).self_attn, model.get_submodule(BLOCK).self_attn
     bias = torch.cat([block.q_proj.bias, block.k_proj.bias, block.v_proj.bias])
-    assert torch.equal(attention.qkv_proj(inputs()[0]), nn.functional.linear(inputs()[0], dense_weights(model)[0], bias))
+    assert torch.equal(
+        attention.qkv_proj(inputs()[0]), nn.functional.linear(inputs()[0], dense_weights(model)[0], bias)
+    )
     assert torch.equal(found[3], wanted[3])
     assert not list(attention.qkv_proj.parameters(recurse=False))[1:]  # the bias is left
     sparse = attention.qkv_proj.sparse
@@ -210,8 +214,7 @@ def test_weights_that_the_checkpoint_fuses_itself(vllm, tmp_path):
         return quant_config, holder
 
     quant_config, holder = make()
-    found = [(f"c_attn.{part}", tensors[f"{name}.{part}"]) for part in ("values", "meta", "bias")]
-    found[2:] = []
+    found = [(f"c_attn.{part}", tensors[f"{name}.{part}"]) for part in ("values", "meta")]
     protocol.load_weights(holder, found, quant_config)
     holder.c_attn.bias.copy_(conv.bias)
     protocol.process_weights_after_loading(holder)
@@ -306,7 +309,11 @@ def test_config_is_what_vllm_asks_for(vllm, tmp_path):
     state.additional_config = {"trisparse": {"prefer": "memory"}}
     layer = build(classes.from_config(config)).get_submodule(f"{BLOCK}.mlp.down_proj")
     assert layer.quant_method.prefer == "memory"
-    for wrong, message in (({"prefer": "size"}, "prefer in additional"), ({"tune": 1}, "it may be"), ("x", "it may be")):
+    for wrong, message in (
+        ({"prefer": "size"}, "prefer in additional"),
+        ({"tune": 1}, "it may be"),
+        ("x", "it may be"),
+    ):
         state.additional_config = {"trisparse": wrong}
         with pytest.raises(ValueError, match=message):
             build(classes.from_config(config))
