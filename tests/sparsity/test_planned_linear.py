@@ -51,7 +51,7 @@ def test_the_backend_is_chosen_when_it_runs_and_not_when_it_is_traced(monkeypatc
     ran = []
     linear = module.linear
     monkeypatch.setattr(module, "linear", lambda *args: (ran.append(args[0].shape[0]), linear(*args))[1])
-    # One graph for every number of tokens: a plan that is read when it is traced would compile anew, or keep its branch.
+    # One graph for every number of tokens: a plan that is read at tracing would compile anew, or keep its branch.
     torch.compiler.reset()
     compiled = torch.compile(
         lambda x: planned_linear(layer, x, layer.bias), fullgraph=True, dynamic=True, backend="eager"

@@ -106,25 +106,26 @@ def share(pattern, rows, cols):
     return weight, dense, Share("q.weight", Target.of(mask, weight.format), (0, rows), (0, cols))
 
 
-def test_parts_are_checked_and_copied_as_they_come():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_checked_and_copied_as_they_come(dtype):
     weight, dense, one = share("50%", 4, 48)
-    parts = LayerParts([one], device=torch.device("cpu"), dtype=torch.bfloat16)
-    assert parts.tensors == {"values": torch.bfloat16, "bitmask": torch.uint8, "row_offsets": torch.int64}
+    parts = LayerParts([one], device=torch.device("cpu"), dtype=dtype)
+    assert parts.tensors == {"values": dtype, "bitmask": torch.uint8, "row_offsets": torch.int64}
     values = weight.values.clone()
     parts.add(0, "values", values)
     values.zero_()  # what reads the files may use its memory again
-    with pytest.raises(CheckpointError, match="values of q.weight came twice"):
+    with pytest.raises(CheckpointError, match=r"values of q\.weight came twice"):
         parts.add(0, "values", values)
     with pytest.raises(CheckpointError, match="stored as 'bitmask', which has no meta"):
         parts.add(0, "meta", weight.meta)
     with pytest.raises(CheckpointError, match=r"bitmask is torch.int8 \(4, 6\), not torch.uint8 \(4, 6\)"):
         parts.add(0, "bitmask", weight.meta.view(torch.int8))
-    with pytest.raises(CheckpointError, match="the checkpoint has no bitmask of q.weight, row_offsets of q.weight"):
+    with pytest.raises(CheckpointError, match=r"has no bitmask of q\.weight, row_offsets of q\.weight"):
         parts.finish()
     parts.add(0, "row_offsets", weight.row_offsets)
     parts.add(0, "bitmask", weight.meta)
     layer = parts.finish("memory")
-    assert torch.equal(layer.weight, dense.bfloat16())
+    assert torch.equal(layer.weight, dense.to(dtype))
     assert layer.prefer == "memory"
     with pytest.raises(CheckpointError, match="the checkpoint has no"):
         parts.finish()
