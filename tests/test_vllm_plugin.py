@@ -155,8 +155,8 @@ def test_fused_layers_equal_the_dense_masked_ones(vllm, tmp_path, pattern, order
 @pytest.mark.parametrize("ranks", [2, 4])
 @torch.no_grad()
 def test_ranks_hold_the_slices_of_the_dense_weights(vllm, tmp_path, pattern, ranks):
-    # With 4 ranks there are fewer heads of keys and values than ranks, and the columns of down_proj (96 / 4 = 24) do not
-    # fit 2:4's words of 16: they are stored anew.
+    # With 4 ranks there are fewer heads of keys and values than ranks, and the 24 columns of down_proj that a rank has do
+    # not fill 2:4's words of 16: they are held as n:m.
     model = pruned(pattern)
     tensors, config = stored(model, tmp_path / "pruned")
     (x, middle), sums = inputs(), [0, 0]
