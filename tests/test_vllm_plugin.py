@@ -1,4 +1,4 @@
-"""The plugin of vLLM by vLLM's protocol (tests/vllm_protocol.py stands in for it); the last test runs vLLM itself."""
+"""The plugin of vLLM by vLLM's protocol: tests/vllm_protocol.py stands in for it."""
 
 import copy
 import importlib.util
@@ -155,8 +155,8 @@ def test_fused_layers_equal_the_dense_masked_ones(vllm, tmp_path, pattern, order
 @pytest.mark.parametrize("ranks", [2, 4])
 @torch.no_grad()
 def test_ranks_hold_the_slices_of_the_dense_weights(vllm, tmp_path, pattern, ranks):
-    # With 4 ranks there are fewer heads of keys and values than ranks, and the 24 columns of down_proj that a rank has do
-    # not fill 2:4's words of 16: they are held as n:m.
+    # With 4 ranks there are fewer heads of keys and values than ranks, and the 24 columns of down_proj that a rank has
+    # do not fill 2:4's words of 16: they are held as n:m.
     model = pruned(pattern)
     tensors, config = stored(model, tmp_path / "pruned")
     (x, middle), sums = inputs(), [0, 0]

@@ -1,8 +1,8 @@
 """The part of vLLM 0.33 that trisparse.vllm_layers meets, for tests without vLLM: the same names, signatures and calls.
 
-Written from vllm/model_executor: layers/linear.py, layers/quantization/{__init__,base_config}.py, models/{utils,llama}.py
-and model_loader/utils.py. ``install(monkeypatch)`` puts it in vLLM's place and gives the state of the process: ``rank``
-and ``ranks`` of tensor parallelism and ``additional_config``.
+Written from vllm/model_executor: layers/linear.py, layers/quantization/{__init__,base_config}.py, models/llama.py,
+models/utils.py and model_loader/utils.py. ``install(monkeypatch)`` puts it in vLLM's place and gives the state of the
+process: ``rank`` and ``ranks`` of tensor parallelism and ``additional_config``.
 """
 
 import inspect
