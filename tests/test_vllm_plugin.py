@@ -246,6 +246,9 @@ def test_layers_that_cannot_be_compressed_in_vllm_are_refused(vllm, tmp_path):
     quant_config = vllm[1]({"lm_head.weight": next(iter(targets.values()))})
     assert quant_config.get_quant_method(protocol.VocabParallelEmbedding(), "model.embed_tokens") is None
     assert quant_config.get_quant_method(nn.Module(), "lm_head") is None
+    experts = vllm[1]({f"{BLOCK}.mlp.experts.0.w1.weight": next(iter(targets.values()))})
+    with pytest.raises(ValueError, match=r"experts.0.w1.weight is compressed, and vLLM's RoutedExperts cannot be"):
+        experts.get_quant_method(protocol.RoutedExperts(), f"{BLOCK}.mlp.experts")
     with pytest.raises(ValueError, match=r"lm_head.weight is compressed, and vLLM's ParallelLMHead cannot be"):
         quant_config.get_quant_method(protocol.ParallelLMHead(), "lm_head")
 
