@@ -60,14 +60,14 @@ def retrained(model: Any, data: dict[str, Tensor], options: dict[str, Any]) -> t
 
 
 def revived_in_the_file(model: Any, kept: dict[str, Tensor]) -> int:
-    """How many pruned weights are not zero in the file that ``save`` writes of ``model``.
+    """How many pruned weights are not zero in the dense file that ``save`` writes of ``model``.
 
     Args:
         model: retrained and merged.
         kept: the masks from before retraining, bool, True where a weight is kept.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder) / "model")
+        save(model, Path(folder) / "model", form="dense")
         weights: dict[str, Tensor] = {}
         for file in (Path(folder) / "model").glob("model*.safetensors"):
             with safe_open(file, "pt") as opened:
