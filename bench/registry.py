@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -54,6 +55,8 @@ class Options:
         repeats: timed calls of each contestant; None is the benchmark's own choice.
         only: run the cases alone whose name contains this.
         scale: how much of a paper its tables run: "tiny", "small" or "paper" (:mod:`trisparse.bench.papers.scale`).
+        out: the folder that the rows go to, if it was named; the runner fills it in, and ``command``.
+        command: that is run, for what a benchmark writes beside its rows.
     """
 
     quick: bool = False
@@ -63,6 +66,8 @@ class Options:
     repeats: int | None = None
     only: str = ""
     scale: str = "small"
+    out: Path | None = None
+    command: str = ""
 
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
@@ -108,6 +113,21 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where and when numbers were measured that a benchmark read from a record.
+
+    Attributes:
+        device: "cpu" or the GPU's name.
+        time: UTC, ISO 8601.
+        environment: of :func:`trisparse.env.environment`, with the commit and the dirty flag of that time.
+    """
+
+    device: str
+    time: str
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Measured:
     """What a benchmark measured by itself, because it takes processes of its own, or states that change.
 
@@ -116,6 +136,7 @@ class Measured:
         seconds: contestant to seconds of each repeat, in the order of the rounds; contestants may be missing.
         metrics: contestant to other numbers: tokens_per_s, perplexity, peak_bytes, model_bytes, published.
         kind: ``"bound"`` where the numbers were counted or computed and not measured.
+        origin: of numbers from a record; None is here and now.
     """
 
     name: str
@@ -124,6 +145,7 @@ class Measured:
     seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
     baseline: str | None = None
     kind: Kind = "measurement"
+    origin: Origin | None = None
 
 
 def equal(result: Any, expected: Any) -> None:

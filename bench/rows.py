@@ -30,7 +30,8 @@ class Row:
         gb_per_s, tflop_per_s, tokens_per_s: at the median; None where the case does not give bytes, flops or tokens.
         roofline_share: the time that the device's peaks allow over the median time; None where unknown.
         metrics: other numbers: perplexity, peak_bytes, model_bytes, published, ...
-        run: of all rows of one command; ``time`` (UTC, ISO 8601) when it began.
+        run: of all rows of one command; ``time`` (UTC, ISO 8601) when it began, or when what is read from a record was
+            measured, whose ``environment`` and ``device`` it then has.
         command: that measured it.
         environment: :func:`trisparse.env.environment`, with ``commit`` and ``dirty``, and the device's clocks.
         device: "cpu" or the GPU's name.

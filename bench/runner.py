@@ -124,6 +124,7 @@ def run(
     commit = machine.environment.get("commit")
     number = f"{begun:%Y%m%dT%H%M%SZ}" + (f"-{commit[:7]}" if commit else "")
     about = {"run": number, "time": begun.isoformat(timespec="seconds"), "command": command}
+    options = replace(options, out=out, command=command)
     outcome = Outcome()
 
     def error(text: str) -> None:
@@ -142,9 +143,11 @@ def run(
                 return
         else:
             timed = found
-        rows = [] if timed is None else rows_of(name, timed, _now(machine, found), about)
+        now = _now(machine, found)
+        origin = found.origin if isinstance(found, Measured) else None
+        rows = [] if timed is None else rows_of(name, timed, now, about | ({"time": origin.time} if origin else {}))
         if rows:
-            file = _file(name, out, machine)
+            file = _file(name, out, now)
             append_rows(rows, file)
             outcome.rows += rows
             outcome.files += [file] if file not in outcome.files else []
@@ -240,7 +243,12 @@ def rows_of(benchmark: str, found: Measured, machine: Machine, about: Mapping[st
 
 
 def _now(machine: Machine, found: Case | Measured) -> Machine:
-    """The machine with what is known of it right after ``found`` was measured: its clocks, and the peaks that count."""
+    """The machine with what is known of it right after ``found`` was measured: its clocks, and the peaks that count.
+
+    Of numbers from a record it is the machine of that.
+    """
+    if isinstance(found, Measured) and found.origin is not None:
+        return replace(machine, name=found.origin.device, environment=found.origin.environment)
     more: dict[str, Any] = {}
     if (now := clocks(machine.device)) is not None:
         more["clocks"] = now

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trisparse.cli.options import AsJson, bench, show
+from trisparse.cli.options import AsJson, bench, command_line, show
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -54,13 +53,10 @@ def run(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     compute = None if dtype is None else getattr(torch, dtype)
     options = Options(quick, where, compute, model, repeats, only, scale or "small")
-    flags = {"--device": device, "--dtype": dtype, "--model": model, "--repeats": repeats, "--only": only or None}
-    flags["--scale"] = scale
-    words = [*names, *(["--quick"] if quick else [])]
-    words += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
-    outcome = run_benchmarks(
-        chosen(names), options, command=shlex.join(["trisparse", "bench", "run", *words]), out=out, listener=Progress()
-    )
+    flags = {"--quick": quick, "--device": device, "--dtype": dtype, "--model": model, "--repeats": repeats}
+    flags |= {"--only": only or None, "--scale": scale, "--out": out}
+    command = command_line("bench", "run", *names, flags=flags)
+    outcome = run_benchmarks(chosen(names), options, command=command, out=out, listener=Progress())
     if as_json:
         content = {"rows": [asdict(row) for row in outcome.rows], "errors": outcome.errors}
         print(json.dumps(content | {"files": list(map(str, outcome.files))}, indent=2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,6 +130,20 @@ def locate_model(model: str) -> tuple[Path, Any]:
         )
     with quiet_transformers():
         return folder, AutoTokenizer.from_pretrained(folder)
+
+
+def command_line(*words: str, flags: Mapping[str, object]) -> str:
+    """A command of the program, to be typed again: ``words``, then each flag that was given.
+
+    Args:
+        words: of the command, without the program's name.
+        flags: None and False leave the flag out, True is a flag alone, anything else is its value.
+    """
+    given = ["trisparse", *words]
+    for flag, value in flags.items():
+        if value is not None and value is not False:
+            given += [flag] if value is True else [flag, str(value)]
+    return shlex.join(given)
 
 
 def show(content: dict[str, Any], text: str, as_json: bool) -> None:
