@@ -142,6 +142,8 @@ def run(
                 return
         else:
             timed = found
+        if timed is not None:
+            timed = replace(timed, parameters={**timed.parameters, "quick": options.quick})
         rows = [] if timed is None else rows_of(name, timed, _now(machine, found), about)
         if rows:
             file = _file(name, out, machine)
