@@ -97,7 +97,7 @@ def quick(row: Row) -> bool:
 def identity(row: Row) -> tuple[str, ...]:
     """What it is: rows of one identity are the same measurement, made again.
 
-    All parameters count but those that only tell what came out. Bounds are counted alike with ``--quick``, and a paper's
+    All parameters count but those that only tell what came out. ``--quick`` counts bounds alike, and a paper's
     table says its scale, of which ``--quick`` is one.
     """
     asked = {key: value for key, value in row.parameters.items() if key not in _BESIDES and key != "quick"}
