@@ -125,7 +125,8 @@ def perp_quality(options: Options) -> Iterator[Measured]:
     for name, row in result["rows"].items():
         kept = ("perplexity", "learning_rate", "trainable_share", "revived")
         metrics = {key: row[key] for key in kept}
-        yield Measured("retrained", parameters | {"grid": row["grid"]}, {name: metrics}, {name: [row["seconds"]]})
+        metrics |= {f"grid_loss_at_{rate}": loss for rate, loss in row["grid"].items()}
+        yield Measured("retrained", parameters, {name: metrics}, {name: [row["seconds"]]})
     yield Measured("ratio", parameters, {"mask_lora + norms + head": {"perplexity_ratio_to_full": result["ratio"]}})
     for variant, revived in result["revived"].items():
         yield Measured("saved after merging", parameters, {variant: {"revived": revived}})
