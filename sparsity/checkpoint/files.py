@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,27 @@ def is_checkpoint(path: str | Path) -> bool:
         return False
 
 
-def check_output(path: str | Path) -> None:
+def check_output(path: str | Path, *, sources: Iterable[str | Path] = ()) -> None:
     """Check that :func:`save` may write to ``path``.
 
+    Args:
+        path: the output folder, which is replaced as a whole.
+        sources: folders that the result is made from; a name that is no folder, such as a model id, is none.
+
     Raises:
-        ValueError: it exists and is neither an empty folder nor a checkpoint or a folder of adapters of ours.
+        ValueError: it exists and is neither an empty folder nor a checkpoint or a folder of adapters of ours; or it
+            and one of ``sources`` are one folder, or one is inside the other.
     """
     path = Path(path)
+    resolved = path.resolve()
+    for source in map(Path, sources):
+        if source.exists() and (
+            resolved.is_relative_to(source.resolve()) or source.resolve().is_relative_to(resolved)
+        ):
+            raise ValueError(
+                f"output folder {path} and {source}, which it is made from, are one inside the other, and the "
+                "output is replaced as a whole: choose another folder"
+            )
     if not path.exists() or is_checkpoint(path) or (path / ADAPTERS_FILE).is_file():
         return
     if path.is_dir() and not any(path.iterdir()):

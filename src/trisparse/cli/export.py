@@ -40,9 +40,7 @@ def export(
         raise ValueError(f"to must be one of {', '.join(FORMS)}, got {to!r}")
     if dtype not in dtypes:
         raise ValueError(f"dtype must be one of fp32, fp16, bf16, got {dtype!r}")
-    if out.resolve() == folder.resolve():
-        raise ValueError(f"out {out} is the checkpoint that is exported: choose another folder")
-    check_output(out)
+    check_output(out, sources=[folder])
     model, recipe = load_any(folder, dtype=dtypes[dtype], recover=recover)
     content: dict[str, Any] = {"folder": str(folder), "to": to, "out": str(out), "masks": len(masks(model))}
     lines = []

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,25 @@ def test_what_is_not_offered_says_why(tiny_llama, zeros, tmp_path, trisparse_err
         *common, "--to", "semi-structured", "--dtype", "bf16"
     )
     assert "float32 has no 2:4 kernels" in trisparse_error(*common, "--to", "semi-structured")
+
+
+@pytest.mark.parametrize("place", [".", "inner", "inner/out"])
+def test_a_result_never_replaces_what_it_is_made_from(tiny_llama, tmp_path, trisparse_error, place):
+    folder = tmp_path / "inner"
+    shutil.copytree(tiny_llama / "pruned", folder)
+    shutil.copy(folder / "config.json", tmp_path)  # with it, the folder above counts as a checkpoint of ours
+    before = sorted(tmp_path.rglob("*"))
+    out = ["--out", tmp_path / place]
+    train = ["--data", tiny_llama / "text.txt", *out]
+    for command in (
+        ["export", folder, "--to", "dense", *out],
+        ["prune", folder, *out],
+        ["retrain", folder, *train],
+        ["retrain", tiny_llama / "pruned", "--teacher", folder, *train],
+        ["retrain", tiny_llama / "pruned", "--form", "reconstruct", "--dense", folder, *train],
+    ):
+        assert "are one inside the other" in trisparse_error(*command), command
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_dense_checkpoint_becomes_one_of_ours(tiny_llama, zeros, tmp_path, trisparse_command):
