@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import trisparse
 from trisparse.sparsity.checkpoint import CheckpointError, load, read_info, save
+from trisparse.sparsity.foreign.export import export_dense, load_any
 from trisparse.sparsity.foreign.semi_structured import load_semi_structured, save_semi_structured, sparse_tensor
 from trisparse.sparsity.mask import masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
@@ -246,6 +247,25 @@ def test_a_compressed_checkpoint_is_exported_bit_for_bit(wide, tmp_path, trispar
     assert all(torch.equal(dense[name], weight) for name, weight in wide.state_dict().items())
     semi = load_semi_structured(tmp_path / "semi-structured", "cpu")
     assert all(torch.equal(w, wide.state_dict()[name]) for name, w in semi.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["dense", "semi-structured", "compressed-tensors"])
+def test_the_generation_config_comes_along(wide, tmp_path, form):
+    folder = tmp_path / "from"
+    if form == "compressed-tensors":
+        shutil.copytree(VECTORS / "24-bf16", folder)
+    elif form == "dense":
+        wide.save_pretrained(folder)
+    else:
+        save_semi_structured(wide, folder)
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 77, "do_sample": true, "top_k": 7}')
+    model = load_semi_structured(folder, "cpu") if form == "semi-structured" else load_any(folder)[0]
+    export_dense(model, tmp_path / "out", folder)
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (config["max_new_tokens"], config["do_sample"], config["top_k"]) == (77, True, 7)
+    (folder / "generation_config.json").write_text('{"top_k": ')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is damaged"):
+        load_semi_structured(folder, "cpu") if form == "semi-structured" else load_any(folder)
 
 
 def test_the_loader_in_the_docs_needs_torch_alone(wide, tmp_path):
