@@ -27,7 +27,7 @@ def export(
     import torch
 
     from trisparse.sparsity.checkpoint import check_output
-    from trisparse.sparsity.foreign.export import export_dense, load_any, save_with_tokenizer
+    from trisparse.sparsity.foreign.export import export_dense, export_trisparse, load_any
     from trisparse.sparsity.mask import masks
 
     dtypes = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,7 +54,7 @@ def export(
     else:
         if not masks(model):
             raise ValueError(f"{folder} has no masks: --recover-masks takes them from its zeros")
-        save_with_tokenizer(model, out, folder, recipe)
+        export_trisparse(model, out, folder, recipe)
     content["bytes"] = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
     lines.append(f"{content['bytes'] / 2**20:,.1f} MiB in {out}")
     show(content, "\n".join(lines), as_json)

@@ -268,6 +268,31 @@ def test_the_generation_config_comes_along(wide, tmp_path, form):
         load_semi_structured(folder, "cpu") if form == "semi-structured" else load_any(folder)
 
 
+def test_tokenizers_and_processors_come_along_in_every_form(wide, tmp_path, trisparse_command):
+    folder = tmp_path / "from"
+    save(wide, folder)
+    names = [
+        "chat_template.json",
+        "additional_chat_templates/tool.jinja",
+        "chat_templates/tool.jinja",
+        "preprocessor_config.json",
+        "sentencepiece.bpe.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "video_preprocessor_config.json",
+        "vocab.txt",
+    ]
+    for name in (*names, "modeling_evil.py", "other.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    for to in ("dense", "semi-structured", "trisparse"):
+        trisparse_command("export", folder, "--out", tmp_path / to, "--to", to)
+        assert all((tmp_path / to / name).read_text() == name for name in names)
+        assert not (tmp_path / to / "modeling_evil.py").exists()
+        assert not (tmp_path / to / "other.bin").exists()
+    assert "# trisparse" in (tmp_path / "trisparse" / "README.md").read_text()
+
+
 def test_the_loader_in_the_docs_needs_torch_alone(wide, tmp_path):
     save_semi_structured(wide, tmp_path / "s")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if "def load" in block)
