@@ -89,6 +89,11 @@ def _load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False).eval(), tokenizer, []
 
 
+def local_models(*models: str | None) -> list[Path]:
+    """Those of ``models`` that are folders: what an output may not replace."""
+    return [Path(model) for model in models if model not in (None, "smollm2") and Path(str(model)).is_dir()]
+
+
 def check_pruned(model: str, *, recover: bool) -> None:
     """Check, before anything is loaded, that ``model`` brings masks, unless they are to be recovered.
 
