@@ -143,6 +143,8 @@ def run(
                 return
         else:
             timed = found
+        if timed is not None:
+            timed = replace(timed, parameters={**timed.parameters, "quick": options.quick})
         now = _now(machine, found)
         origin = found.origin if isinstance(found, Measured) else None
         rows = [] if timed is None else rows_of(name, timed, now, about | ({"time": origin.time} if origin else {}))

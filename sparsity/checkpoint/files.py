@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,25 @@ def is_checkpoint(path: str | Path) -> bool:
         return False
 
 
-def check_output(path: str | Path) -> None:
+def check_output(path: str | Path, *, sources: Iterable[str | Path] = ()) -> None:
     """Check that :func:`save` may write to ``path``.
 
+    Args:
+        path: the output folder, which is replaced as a whole.
+        sources: folders that the result is made from; a name that is no folder, such as a model id, is none.
+
     Raises:
-        ValueError: it exists and is neither an empty folder nor a checkpoint or a folder of adapters of ours.
+        ValueError: it exists and is neither an empty folder nor a checkpoint or a folder of adapters of ours; or it
+            and one of ``sources`` are one folder, or one is inside the other.
     """
     path = Path(path)
+    resolved = path.resolve()
+    for source in map(Path, sources):
+        if source.exists() and (resolved.is_relative_to(source.resolve()) or source.resolve().is_relative_to(resolved)):
+            raise ValueError(
+                f"output folder {path} and {source}, which it is made from, are one inside the other, and the "
+                "output is replaced as a whole: choose another folder"
+            )
     if not path.exists() or is_checkpoint(path) or (path / ADAPTERS_FILE).is_file():
         return
     if path.is_dir() and not any(path.iterdir()):
@@ -102,23 +114,35 @@ def check_output(path: str | Path) -> None:
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside ``path`` to write into, which takes its place in the end: whole, or after an error not."""
+    """An empty folder to write into, which takes the place of ``path`` in the end: whole, or after an error not.
+
+    An earlier folder is renamed before the new one is: between the two calls there is none of that name, and a process
+    that is killed just then leaves both in ``.NAME-*`` beside it, as ``old`` and ``new``.
+
+    Raises:
+        OSError: the new folder could not be put in place; if the earlier one could not be put back, it says where it is.
+    """
+    path = path.resolve()  # of a symbolic link, what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    unfinished.chmod(0o755)  # mkdtemp's folders are private
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    new, old = work / "new", work / "old"
     try:
-        yield unfinished
-        if path.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-            path.rename(replaced / "old")
-            try:
-                unfinished.rename(path)
-            except BaseException:
-                (replaced / "old").rename(path)
-                raise
-            finally:
-                shutil.rmtree(replaced)
-        else:
-            unfinished.rename(path)
+        new.mkdir()  # with the permissions of the umask, which mkdtemp ignores
+        yield new
+        try:
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        except BaseException as error:
+            if old.exists() and not path.exists():
+                try:
+                    old.rename(path)
+                except OSError as again:
+                    raise OSError(
+                        f"{path} could not be replaced ({error}) nor put back ({again}): the earlier folder is {old}, "
+                        f"the new one {new}"
+                    ) from error
+            raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if path.exists() or not old.exists():  # never the only copy of the earlier folder
+            shutil.rmtree(work, ignore_errors=True)

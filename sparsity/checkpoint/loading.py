@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +51,11 @@ class Loading:
         self._holders = mask_names(manifest.targets)
         self._weights: list[_Weight] = []
         modules = dict(model.named_modules())
-        readers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         for name, target in manifest.targets.items():
             own = _own_name(name, modules, prefix)
             if own is not None:  # else of a part that this class of model does not have, such as the head
                 layer = self._prepare(own, target, modules)
-                # Beside the main thread, which is busy with transformers' own work.
-                positions = readers.submit(self._read, name, target)
-                self._weights.append(_Weight(name, own, target, layer, positions))
-        readers.shutdown(wait=False)
+                self._weights.append(_Weight(name, own, target, layer))
         check_size(model, [tensor.shape for tensor in headers.values()], files[0].parent)
         model._keys_to_ignore_on_load_unexpected.add(_OURS)
 
@@ -105,7 +100,8 @@ class Loading:
         """
         self._model._keys_to_ignore_on_load_unexpected.discard(_OURS)
         for weight in self._weights:
-            tensors, tiles = weight.positions.result()
+            # Not in threads beside transformers' work: waiting for each other's turn takes longer than it saves.
+            tensors, tiles = self._read(weight.name, weight.target)
             path, _, param = weight.own.rpartition(".")
             layer = weight.layer
             try:
@@ -120,13 +116,12 @@ class Loading:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A pruned weight: its name in the files and in the model, what it is, its layer and its indices, being read."""
+    """A pruned weight: its name in the files and in the model, what it is, and its layer."""
 
     name: str
     own: str
     target: Target
     layer: nn.Module
-    positions: Future[Positions]
 
 
 def check_zeros(layer: nn.Module, param: str, mask: Mask) -> None:

@@ -176,8 +176,10 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, 
     stored = read_headers(weight_files(path))
     model_class, config = architecture(path, len(stored))
     settings = getattr(config, "quantization_config", None)
-    if isinstance(settings, dict):
+    if isinstance(settings, dict) and settings.get("quant_method") == "trisparse":
         settings["dense"] = dense  # the quantizer checks the size
+    elif settings is not None:  # transformers would load it by a quantizer that checks nothing
+        raise CheckpointError(f"{path / CONFIG_FILE} has a quantization_config that is none of ours")
     else:
         check_size(empty_model(model_class, config, path), [tensor.shape for tensor in stored.values()], path)
     model: PreTrainedModel

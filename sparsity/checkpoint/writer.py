@@ -54,15 +54,29 @@ def save(
     check_output(path)
     check_masks(model)
     with replaced_folder(path) as unfinished:
-        with quiet_transformers():
-            if form == "compressed":
-                _write_compressed(model, unfinished, recipe, max_shard_size)
-            else:
-                _write_dense(model, unfinished, recipe, max_shard_size)
-            if tokenizer is not None:
+        write_checkpoint(model, unfinished, name=path.name, recipe=recipe, form=form, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            with quiet_transformers():
                 tokenizer.save_pretrained(unfinished)
-        (unfinished / CARD_FILE).write_text(model_card(model, path.name, recipe=recipe, form=form), encoding="utf-8")
     return path
+
+
+def write_checkpoint(
+    model: nn.Module,
+    folder: Path,
+    *,
+    name: str,
+    recipe: Sequence[Mapping[str, Any]] = (),
+    form: Form = "compressed",
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Write ``model``, whose masks were checked, into the empty ``folder``; the card calls it ``name``."""
+    with quiet_transformers():
+        if form == "compressed":
+            _write_compressed(model, folder, recipe, max_shard_size)
+        else:
+            _write_dense(model, folder, recipe, max_shard_size)
+    (folder / CARD_FILE).write_text(model_card(model, name, recipe=recipe, form=form), encoding="utf-8")
 
 
 def _write_compressed(

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from trisparse.sparsity.checkpoint import CheckpointError
 from trisparse.sparsity.checkpoint.architecture import architecture, check_size, empty_model
+from trisparse.sparsity.checkpoint.files import read_json
 from trisparse.sparsity.progress import quiet_transformers
+
+_GENERATION = "generation_config.json"
 
 
 def dense_architecture(folder: Path, tensors: int) -> tuple[type[PreTrainedModel], Any]:
@@ -31,10 +34,10 @@ def filled_model(
     dtype: torch.dtype | str,
     folder: Path,
 ) -> PreTrainedModel:
-    """The model of ``config`` with ``weights``, named and laid out as in a checkpoint.
+    """The model of ``config`` with ``weights``, named and laid out as in a checkpoint, and its generation config.
 
     Raises:
-        CheckpointError: they do not fit, found before anything is allocated.
+        CheckpointError: they do not fit, found before anything is allocated; or ``generation_config.json`` is damaged.
     """
     check_size(empty_model(model_class, config, folder), [tuple(w.shape) for w in weights.values()], folder)
     try:
@@ -45,6 +48,12 @@ def filled_model(
     except Exception as error:  # what a config breaks in a model may raise anything
         raise CheckpointError(f"the weights in {folder} do not fit {model_class.__name__}: {error}") from error
     model: PreTrainedModel = made[0]
+    if (folder / _GENERATION).is_file() and model.can_generate():
+        read_json(folder / _GENERATION)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # its own checks
+            raise CheckpointError(f"{folder / _GENERATION} is damaged: {error}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := made[1].get(what):
             listed = ", ".join(sorted(map(str, keys))[:3])

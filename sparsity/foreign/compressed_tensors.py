@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trisparse.sparsity.checkpoint import CheckpointError
-from trisparse.sparsity.checkpoint.files import CONFIG_FILE, read_json
+from trisparse.sparsity.checkpoint.files import CONFIG_FILE
 from trisparse.sparsity.foreign.architecture import dense_architecture, filled_model
 from trisparse.sparsity.foreign.recover import nm_pattern, zero_pattern
 from trisparse.sparsity.foreign.tensor_files import TensorFiles, read_config
@@ -92,9 +92,6 @@ def load_compressed_tensors(folder: str | Path, *, dtype: torch.dtype | None = N
                 weights[name] = files.read(name)
     model_class, config = dense_architecture(folder, len(weights))
     model = filled_model(model_class, config, weights, dtype or "auto", folder)
-    if (folder / "generation_config.json").is_file() and model.can_generate():
-        read_json(folder / "generation_config.json")
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     targets = {target.name: target for target in find_targets(model, include="*").found}
     own = dict(model.named_parameters())
     if any(name not in own or own[name].shape != keep.shape for name, keep in bits.items()):

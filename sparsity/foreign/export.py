@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trisparse.sparsity.checkpoint import (
     ADAPTERS_FILE,
@@ -19,8 +19,8 @@ from trisparse.sparsity.checkpoint import (
     load,
     read_info,
     replaced_folder,
-    save,
 )
+from trisparse.sparsity.checkpoint.writer import write_checkpoint
 from trisparse.sparsity.foreign.architecture import dense_architecture, filled_model
 from trisparse.sparsity.foreign.compressed_tensors import load_compressed_tensors, sparse_format
 from trisparse.sparsity.foreign.recover import recover_masks
@@ -30,20 +30,29 @@ from trisparse.sparsity.progress import quiet_transformers
 
 Recipe = list[dict[str, Any]]
 
-# What stands beside the weights in a folder and is no weight: tokenizers, processors, generation.
+# What transformers' tokenizers and processors keep beside the weights, as shell patterns.
 _ALONGSIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
+    "*vocab*.json",
+    "*vocab*.txt",
     "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
+    "bpe.codes",
+    "normalizer.json",
+    "*.model",  # SentencePiece: tokenizer.model, spiece.model, sentencepiece.bpe.model
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "chat_templates/*",
+    "additional_chat_templates/*.jinja",
     "preprocessor_config.json",
     "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
 )
 
 
@@ -108,7 +117,7 @@ def export_dense(model: PreTrainedModel, out: str | Path, source: str | Path) ->
     Args:
         model: dense, with or without masks.
         out: a new or empty folder.
-        source: the folder that its tokenizer is copied from.
+        source: the folder that its tokenizer and processors are copied from.
 
     Raises:
         ValueError: ``out`` is taken.
@@ -128,18 +137,20 @@ def save_dense(model: PreTrainedModel, folder: Path) -> None:
 
 
 def copy_alongside(source: Path, folder: Path) -> None:
-    """Copy the tokenizer or the image processor of ``source``, where it has one."""
-    for name in _ALONGSIDE:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    """Copy the tokenizer and the processors of ``source``, where it has them."""
+    for file in (file for pattern in _ALONGSIDE for file in source.glob(pattern)):
+        if file.is_file():
+            copied = folder / file.relative_to(source)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copied)
 
 
-def save_with_tokenizer(
+def export_trisparse(
     model: PreTrainedModel, out: str | Path, source: str | Path, recipe: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write a checkpoint of ours, with the tokenizer of ``source`` where it has one."""
-    tokenizer = None
-    if (Path(source) / "tokenizer_config.json").is_file():
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    save(model, out, tokenizer=tokenizer, recipe=recipe)
+    """Write a checkpoint of ours, with the tokenizer and the processors of ``source``; as :func:`export_dense`."""
+    check_output(out)
+    check_masks(model)
+    with replaced_folder(Path(out)) as unfinished:
+        write_checkpoint(model, unfinished, name=Path(out).name, recipe=recipe)
+        copy_alongside(Path(source), unfinished)

@@ -134,7 +134,7 @@ class ModelOnDisk:
 
     def _build(self) -> PreTrainedModel:
         try:
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder} has no config.json of a model that transformers knows: {error}") from error
         if is_checkpoint(self.folder) and not (self.folder / INFO_FILE).is_file():
@@ -153,7 +153,7 @@ class ModelOnDisk:
             model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
         model.tie_weights()  # becoming empty has untied them
         if (self.folder / "generation_config.json").is_file() and model.can_generate():
-            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+            model.generation_config = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
         model.eval()
         return model
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trisparse.sparsity.checkpoint import INFO_FILE, MASKS_FILE, checkpoint_info, mask_entry
+from trisparse.sparsity.checkpoint import INFO_FILE, MASKS_FILE, check_output, checkpoint_info, mask_entry
 from trisparse.sparsity.mask import Mask, combined_sha256
 from trisparse.sparsity.progress import quiet_transformers
 from trisparse.sparsity.streaming.journal import JOURNAL_FILE, sync, write_file
@@ -122,18 +122,14 @@ def check_place(path: Path, source: Path) -> None:
     """Check that the resolved ``path`` can be replaced by a folder that is pruned from ``source``.
 
     Raises:
-        ValueError: a run that goes on after a kill would not find its source, or ``path`` cannot be renamed.
+        ValueError: ``path`` holds something else, a run that goes on after a kill would not find its source, or
+            ``path`` cannot be renamed.
     """
-    source = source.resolve()
-    if path.is_relative_to(source) or source.is_relative_to(path):
-        raise ValueError(
-            f"out {path} and the model's folder {source} are one inside the other: the source must stay as it is until "
-            "the end, choose another folder"
-        )
     if path.is_mount():
         raise ValueError(f"out {path} is a mount point, and a folder is renamed into place: choose a folder inside it")
     if Path.cwd().is_relative_to(path):
         raise ValueError(f"out {path} is the current directory, or holds it, and is replaced: choose another folder")
+    check_output(path, sources=[source])
 
 
 def work_folder(path: Path) -> Path:

@@ -20,7 +20,6 @@ from trisparse.sparsity.allocation.allocate import allocate
 from trisparse.sparsity.batches import batch_size, calibration_batches
 from trisparse.sparsity.calibration import PROPAGATE, BlockRunner, Propagate
 from trisparse.sparsity.capture import Batch
-from trisparse.sparsity.checkpoint import check_output
 from trisparse.sparsity.data import Sampling
 from trisparse.sparsity.distributed import ALONE, own_device, running_processes
 from trisparse.sparsity.gradient_statistics import GradientStatistics
@@ -115,7 +114,6 @@ def stream_sparsify(
     reads_inputs = "X" in metric.uses or update is not None
     _check_arguments(pattern, metric, propagate, hidden_states, gradients)
     check_distributed(processes, metric, propagate, gradients)
-    check_output(out)
     device = own_device() if device is None else torch.device(device)
     source = ModelOnDisk(folder, device)
     targets = find_targets(source.model, include=include, exclude=exclude, on_meta=True)

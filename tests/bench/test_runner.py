@@ -54,7 +54,7 @@ def test_figures_by_hand(machine, tmp_path):
     assert (a.roofline_share, b.roofline_share) == (0.25, 0.5)
     assert (a.metrics, b.metrics) == ({}, {"held": 5.0})
     assert b.environment["peaks"]["flops_per_s"] == 1000.0
-    assert (b.baseline, b.parameters, b.device, b.kind) == ("a", {"n": 2}, "cpu", "measurement")
+    assert (b.baseline, b.parameters, b.device, b.kind) == ("a", {"n": 2, "quick": False}, "cpu", "measurement")
     assert b.run.endswith("-abcdef0")
     assert list(read_rows(tmp_path / "toy.jsonl")) == outcome.rows
 

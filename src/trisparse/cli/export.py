@@ -27,7 +27,7 @@ def export(
     import torch
 
     from trisparse.sparsity.checkpoint import check_output
-    from trisparse.sparsity.foreign.export import export_dense, load_any, save_with_tokenizer
+    from trisparse.sparsity.foreign.export import export_dense, export_trisparse, load_any
     from trisparse.sparsity.mask import masks
 
     dtypes = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,9 +40,7 @@ def export(
         raise ValueError(f"to must be one of {', '.join(FORMS)}, got {to!r}")
     if dtype not in dtypes:
         raise ValueError(f"dtype must be one of fp32, fp16, bf16, got {dtype!r}")
-    if out.resolve() == folder.resolve():
-        raise ValueError(f"out {out} is the checkpoint that is exported: choose another folder")
-    check_output(out)
+    check_output(out, sources=[folder])
     model, recipe = load_any(folder, dtype=dtypes[dtype], recover=recover)
     content: dict[str, Any] = {"folder": str(folder), "to": to, "out": str(out), "masks": len(masks(model))}
     lines = []
@@ -56,7 +54,7 @@ def export(
     else:
         if not masks(model):
             raise ValueError(f"{folder} has no masks: --recover-masks takes them from its zeros")
-        save_with_tokenizer(model, out, folder, recipe)
+        export_trisparse(model, out, folder, recipe)
     content["bytes"] = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
     lines.append(f"{content['bytes'] / 2**20:,.1f} MiB in {out}")
     show(content, "\n".join(lines), as_json)

@@ -17,6 +17,7 @@ from trisparse.cli.options import (
     SeqLen,
     app,
     load_model,
+    local_models,
     locate_model,
     show,
 )
@@ -73,7 +74,7 @@ def prune(
     from trisparse.sparsity.distributed import launched_processes, own_device
     from trisparse.sparsity.text import load_text
 
-    check_output(out)
+    check_output(out, sources=local_models(model))
     if hidden_states != "memory" and not stream:
         raise ValueError("--hidden-states needs --stream")
     if recover and stream:

@@ -71,14 +71,16 @@ class Job:
 
         Raises:
             ValueError: no data or no ``out``, a folder that holds something else, or checkpoints inside of ``out``,
-                which is replaced as a whole.
+                which is replaced as a whole, as is a model that it is made from.
         """
+        from trisparse.cli.options import local_models
         from trisparse.sparsity.checkpoint import check_output
 
         if not self.dry_run and (self.data is None or self.out is None):
             raise ValueError("retrain needs --data and --out (only --dry-run does without them)")
         if self.out is not None:
-            check_output(self.out)
+            sources = (self.settings.get(name) for name in ("teacher", "dense"))
+            check_output(self.out, sources=local_models(self.model, *sources))
             if output_dir is not None:
                 _check_apart(self.out, Path(output_dir))
         _check_integrations(report_to)

@@ -58,7 +58,7 @@ def tell_resume(options: Any) -> None:
 
 def run(job: Job) -> None:
     """Retrain ``job.model``, or print what that would take."""
-    from trisparse.retrain.adapter_folder import check_apart, save_adapters
+    from trisparse.retrain.adapter_folder import save_adapters
     from trisparse.retrain.estimate import retraining_plan
     from trisparse.retrain.perp import retrain
     from trisparse.retrain.processes import is_main_process
@@ -74,8 +74,6 @@ def run(job: Job) -> None:
     job.check(options.output_dir, options.report_to)
     if job.recover_masks and not options.merge:
         raise ValueError("--no-merge needs a base with masks: 'trisparse export --to trisparse' recovers them first")
-    if job.out is not None and not options.merge:
-        check_apart(job.out, job.model)
     tell_resume(options)
     text = None if job.dry_run or job.data is None else load_text(job.data, split="train")
     held_out = None if job.dry_run or job.validation is None else load_text(job.validation, split="validation")

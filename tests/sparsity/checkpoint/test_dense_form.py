@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,51 @@ def test_a_failed_save_leaves_the_old_folder(saved, monkeypatch, tmp_path):
     assert sorted(os.listdir(path)) == before
     assert os.listdir(tmp_path) == ["pruned"]
     load(path)
+
+
+@pytest.mark.parametrize("broken", [{"new"}, {"new", "old"}])
+def test_a_failed_rename_loses_nothing(saved, monkeypatch, tmp_path, broken):
+    model, path = saved
+    before = (path / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def refused(self, target):
+        if self.name in broken:
+            raise OSError(f"{self.name} may not move")
+        return rename(self, target)
+
+    sparsify(model, "1:4", progress=False)
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="new may not move") as raised:
+        save(model, path, form="dense")
+    if broken == {"new"}:
+        assert os.listdir(tmp_path) == ["pruned"]
+        assert (path / "model.safetensors").read_bytes() == before
+        return
+    (work,) = tmp_path.iterdir()
+    assert f"the earlier folder is {work / 'old'}, the new one {work / 'new'}" in str(raised.value)
+    assert (work / "old" / "model.safetensors").read_bytes() == before
+    assert {str(mask.pattern) for mask in masks(load(work / "new")).values()} == {"1:4"}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o700), (0o022, 0o755)])
+def test_the_folder_has_the_permissions_of_the_umask(saved, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save(saved[0], tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == mode
+
+
+def test_behind_a_symbolic_link_its_folder_is_replaced(saved, tmp_path):
+    model, path = saved
+    (tmp_path / "link").symlink_to(path)
+    sparsify(model, "1:4", progress=False)
+    save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert {str(mask.pattern) for mask in masks(load(path)).values()} == {"1:4"}
+    assert sorted(os.listdir(tmp_path)) == ["link", "pruned"]
 
 
 def edit_info(path, change):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import trisparse
 from trisparse.sparsity.checkpoint import CheckpointError, load, read_info, save
+from trisparse.sparsity.foreign.export import export_dense, load_any
 from trisparse.sparsity.foreign.semi_structured import load_semi_structured, save_semi_structured, sparse_tensor
 from trisparse.sparsity.mask import masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
@@ -88,6 +90,25 @@ def test_what_is_not_offered_says_why(tiny_llama, zeros, tmp_path, trisparse_err
         *common, "--to", "semi-structured", "--dtype", "bf16"
     )
     assert "float32 has no 2:4 kernels" in trisparse_error(*common, "--to", "semi-structured")
+
+
+@pytest.mark.parametrize("place", [".", "inner", "inner/out"])
+def test_a_result_never_replaces_what_it_is_made_from(tiny_llama, tmp_path, trisparse_error, place):
+    folder = tmp_path / "inner"
+    shutil.copytree(tiny_llama / "pruned", folder)
+    shutil.copy(folder / "config.json", tmp_path)  # with it, the folder above counts as a checkpoint of ours
+    before = sorted(tmp_path.rglob("*"))
+    out = ["--out", tmp_path / place]
+    train = ["--data", tiny_llama / "text.txt", *out]
+    for command in (
+        ["export", folder, "--to", "dense", *out],
+        ["prune", folder, *out],
+        ["retrain", folder, *train],
+        ["retrain", tiny_llama / "pruned", "--teacher", folder, *train],
+        ["retrain", tiny_llama / "pruned", "--form", "reconstruct", "--dense", folder, *train],
+    ):
+        assert "are one inside the other" in trisparse_error(*command), command
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_dense_checkpoint_becomes_one_of_ours(tiny_llama, zeros, tmp_path, trisparse_command):
@@ -226,6 +247,50 @@ def test_a_compressed_checkpoint_is_exported_bit_for_bit(wide, tmp_path, trispar
     assert all(torch.equal(dense[name], weight) for name, weight in wide.state_dict().items())
     semi = load_semi_structured(tmp_path / "semi-structured", "cpu")
     assert all(torch.equal(w, wide.state_dict()[name]) for name, w in semi.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["dense", "semi-structured", "compressed-tensors"])
+def test_the_generation_config_comes_along(wide, tmp_path, form):
+    folder = tmp_path / "from"
+    if form == "compressed-tensors":
+        shutil.copytree(VECTORS / "24-bf16", folder)
+    elif form == "dense":
+        wide.save_pretrained(folder)
+    else:
+        save_semi_structured(wide, folder)
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 77, "do_sample": true, "top_k": 7}')
+    model = load_semi_structured(folder, "cpu") if form == "semi-structured" else load_any(folder)[0]
+    export_dense(model, tmp_path / "out", folder)
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (config["max_new_tokens"], config["do_sample"], config["top_k"]) == (77, True, 7)
+    (folder / "generation_config.json").write_text('{"top_k": ')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is damaged"):
+        load_semi_structured(folder, "cpu") if form == "semi-structured" else load_any(folder)
+
+
+def test_tokenizers_and_processors_come_along_in_every_form(wide, tmp_path, trisparse_command):
+    folder = tmp_path / "from"
+    save(wide, folder)
+    names = [
+        "chat_template.json",
+        "additional_chat_templates/tool.jinja",
+        "chat_templates/tool.jinja",
+        "preprocessor_config.json",
+        "sentencepiece.bpe.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "video_preprocessor_config.json",
+        "vocab.txt",
+    ]
+    for name in (*names, "modeling_evil.py", "other.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    for to in ("dense", "semi-structured", "trisparse"):
+        trisparse_command("export", folder, "--out", tmp_path / to, "--to", to)
+        assert all((tmp_path / to / name).read_text() == name for name in names)
+        assert not (tmp_path / to / "modeling_evil.py").exists()
+        assert not (tmp_path / to / "other.bin").exists()
+    assert "# trisparse" in (tmp_path / "trisparse" / "README.md").read_text()
 
 
 def test_the_loader_in_the_docs_needs_torch_alone(wide, tmp_path):

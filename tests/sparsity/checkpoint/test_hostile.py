@@ -191,3 +191,29 @@ def test_other_formats_of_compressed_tensors_are_refused(foreign):
     edit_config(foreign, lambda c: c["quantization_config"].update(config_groups={"group_0": {}}))
     with pytest.raises(CheckpointError, match="is quantized"):
         load(foreign)
+
+
+@pytest.fixture
+def dense_form(model_named, tmp_path):
+    """A checkpoint of ours with dense weights."""
+    model = model_named("llama")
+    sparsify(model, "2:4", "magnitude", progress=False)
+    return save(model, tmp_path / "dense", form="dense")
+
+
+@pytest.mark.parametrize("method", ["bitnet", "fp8", "nothing", None, ["trisparse"]])
+def test_the_quantizer_of_another_method_is_not_asked(dense_form, method):
+    def change(config):
+        config.update(vocab_size=1 << 22, quantization_config={"quant_method": method})
+
+    edit_config(dense_form, change)
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match="quantization_config that is none of ours"):
+        load(dense_form)
+    assert time.monotonic() - start < 5
+
+
+def test_a_quantizer_is_not_hidden_in_the_text_config(any_folder):
+    edit_config(any_folder, lambda c: c.update(text_config={"quantization_config": {"quant_method": "bitnet"}}))
+    with pytest.raises(CheckpointError, match="quantization_config inside another config"):
+        load(any_folder)
