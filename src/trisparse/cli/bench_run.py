@@ -53,7 +53,13 @@ def run(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     compute = None if dtype is None else getattr(torch, dtype)
     options = Options(quick, where, compute, model, repeats, only, scale or "small")
-    flags: dict[str, object] = {"--quick": quick, "--device": device, "--dtype": dtype, "--model": model, "--repeats": repeats}
+    flags: dict[str, object] = {
+        "--quick": quick,
+        "--device": device,
+        "--dtype": dtype,
+        "--model": model,
+        "--repeats": repeats,
+    }
     flags |= {"--only": only or None, "--scale": scale, "--out": out}
     command = command_line("bench", "run", *names, flags=flags)
     outcome = run_benchmarks(chosen(names), options, command=command, out=out, listener=Progress())
