@@ -86,7 +86,7 @@ def _cells(row: Row) -> dict[str, str]:
     cells = {key: duration(row.seconds[key]) for key in ("min", "median", "p90") if row.seconds}
     for heading, value, shape in (
         ("speed-up", row.speedup, "{:.2f}x"),
-        ("GB/s", row.gb_per_s, "{:.1f}"),
+        ("GB/s", row.gb_per_s, "{:.3g}"),
         ("TFLOP/s", row.tflop_per_s, "{:.3g}"),
         ("tokens/s", row.tokens_per_s, "{:.4g}"),
         ("of roofline", row.roofline_share, "{:.0%}"),
