@@ -101,3 +101,15 @@ def test_no_case_of_that_name_ends_with_1(toy, tmp_path):
     result = invoke("run", "toy", "--only", "zzz", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 1
     assert "error: no case of toy has 'zzz' in its name" in result.stderr
+
+
+def test_tables_say_small_rates_and_the_gpu_that_bounds_hold_for():
+    from trisparse.bench.row_table import tables
+    from trisparse.bench.rows import Row
+
+    about = {"run": "r", "time": "now", "command": "x", "environment": {}, "device": "cpu"}
+    timed = Row("toy", "c", "a", {}, "measurement", gb_per_s=0.0123, **about)
+    bound = Row("toy", "c", "a", {"gpu": "A100-SXM-80GB"}, "bound", metrics={"bound_us": 2.0}, **about)
+    one, two = tables([timed, bound])
+    assert [str(cell) for cell in one.columns[1].cells][-1] == "0.0123"
+    assert (one.title, two.title) == ("toy on cpu", "toy on A100-SXM-80GB (bounds, not measured)")
