@@ -44,7 +44,7 @@ def find_rows(source: str) -> list[Row]:
 
     Args:
         source: a .jsonl file, a folder of such files (or with ``runs`` in it), the run id of rows, or the commit (at
-            least four digits of it) that rows of this checkout were measured on.
+            least four digits of it) that rows of this checkout were measured on, without changes.
 
     Raises:
         ValueError: there is nothing of that name, or it holds no rows.
@@ -76,7 +76,8 @@ def _recorded() -> list[Path]:
 
 def _is_of(row: Row, name: str) -> bool:
     commit = row.environment.get("commit") or ""
-    return row.run == name or (len(name) >= _SHORTEST_COMMIT and commit.startswith(name))
+    clean = not row.environment.get("dirty")  # a changed checkout is not what the commit names
+    return row.run == name or (clean and len(name) >= _SHORTEST_COMMIT and commit.startswith(name))
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:

@@ -1,6 +1,6 @@
 """The benchmarks by name: a decorated function each, which yields what is to be timed or what it measured itself.
 
-    @benchmark("select", "masks of one weight, against the usual implementations")
+    @benchmark("select", "masks of one weight, against the usual", devices=("cpu", "cuda"), takes=("dtype", "repeats"))
     def select(options: Options) -> Iterator[Case | Measured]: ...
 
 The runner (bench/runner.py) checks, times and records what they yield.
@@ -9,7 +9,7 @@ The runner (bench/runner.py) checks, times and records what they yield.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ _MODULES: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say to every benchmark.
+    """What a user may say; each benchmark names those that it reads.
 
     Attributes:
         quick: small shapes and few repeats, minutes on a CPU.
@@ -159,18 +159,42 @@ Run = Callable[[Options], Iterator[Case | Measured]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A registered benchmark: its name, one line of help and the function."""
+    """A registered benchmark.
+
+    Attributes:
+        name: of it.
+        about: one line of help.
+        run: the function.
+        devices: types of those that it can measure; on any other machine it measures the CPU.
+        takes: the options that it reads besides ``quick``, ``only`` and ``device``; another one is an error.
+    """
 
     name: str
     about: str
     run: Run
+    devices: tuple[str, ...] = ("cpu",)
+    takes: tuple[str, ...] = ()
+
+    def check(self, options: Options) -> None:
+        """Refuse what would be ignored.
+
+        Raises:
+            ValueError: an option is not one of its own.
+        """
+        for one in fields(options):
+            if one.name in _OWN and one.name not in self.takes and getattr(options, one.name) != one.default:
+                own = " ".join(f"--{name}" for name in ("quick", "only", *self.takes))
+                raise ValueError(f"benchmark {self.name} does not read --{one.name}; its options are {own}")
 
 
+_OWN = ("dtype", "model", "repeats", "scale")  # not of every benchmark
 _REGISTERED: dict[str, Benchmark] = {}
 
 
-def benchmark(name: str, about: str) -> Callable[[Run], Run]:
-    """Register the decorated function as benchmark ``name``.
+def benchmark(
+    name: str, about: str, *, devices: tuple[str, ...] = ("cpu",), takes: tuple[str, ...] = ()
+) -> Callable[[Run], Run]:
+    """Register the decorated function as benchmark ``name``; the others are of :class:`Benchmark`.
 
     Raises:
         ValueError: the name is taken.
@@ -179,7 +203,7 @@ def benchmark(name: str, about: str) -> Callable[[Run], Run]:
     def register(run: Run) -> Run:
         if name in _REGISTERED:
             raise ValueError(f"benchmark {name!r} is registered twice")
-        _REGISTERED[name] = Benchmark(name, about, run)
+        _REGISTERED[name] = Benchmark(name, about, run, devices, takes)
         return run
 
     return register

@@ -77,11 +77,15 @@ def this_machine(device: torch.device) -> Machine:
     return Machine(device, name, timer, peaks_of(device), environment())
 
 
-def chosen(names: Sequence[str]) -> list[Benchmark]:
+def chosen(names: Sequence[str], device: str | None = None) -> list[Benchmark]:
     """The benchmarks of these names; ``papers/`` or any other name that ends in a slash takes all that begin so.
 
+    Args:
+        names: of them.
+        device: that was asked for by name; None is any.
+
     Raises:
-        ValueError: a name is unknown, or there is none.
+        ValueError: a name is unknown, or there is none, or one of them does not measure that device.
     """
     known = benchmarks()
     found: dict[str, Benchmark] = {}
@@ -92,6 +96,9 @@ def chosen(names: Sequence[str]) -> list[Benchmark]:
         found |= {key: known[key] for key in fitting}
     if not found:
         raise ValueError(f"name at least one benchmark of {', '.join(known)}")
+    for item in found.values():
+        if device is not None and torch.device(device).type in {"cpu", "cuda"} - {*item.devices}:
+            raise ValueError(f"benchmark {item.name} measures {' and '.join(item.devices)}, not {device}")
     return list(found.values())
 
 
@@ -108,7 +115,7 @@ def run(
 
     Args:
         selected: from :func:`chosen`.
-        options: for all of them.
+        options: for all of them; one that does not measure their device is given the CPU.
         command: that is run, for the record.
         out: folder for the rows; None is ``bench/results/runs`` or ``dirty`` of the checkout, ``bench-results`` of
             the working directory where there is no checkout.
@@ -116,8 +123,10 @@ def run(
         listener: told of each case and error.
 
     Raises:
-        ValueError: as :func:`this_machine`.
+        ValueError: as :func:`this_machine`; an option is not one of a benchmark's.
     """
+    for item in selected:
+        item.check(options)
     machine = machine or this_machine(options.device)
     listener = listener or Listener()
     begun = datetime.now(UTC)
@@ -131,7 +140,7 @@ def run(
         outcome.errors.append(text)
         listener.error(text)
 
-    def record(name: str, found: Case | Measured) -> None:
+    def record(name: str, found: Case | Measured, machine: Machine) -> None:
         where = f"{name}: {found.name}"
         if isinstance(found, Case):
             try:
@@ -155,13 +164,18 @@ def run(
             outcome.files += [file] if file not in outcome.files else []
         listener.case(name, found.name, rows)
 
+    any_case = False
     for item in selected:
+        here = machine if machine.device.type in item.devices else this_machine(torch.device("cpu"))
         try:
-            for found in item.run(options):
-                if options.only in found.name:
-                    record(item.name, found)
+            for found in item.run(replace(options, device=here.device)):
+                if options.wants(found.name):
+                    any_case = True
+                    record(item.name, found, here)
         except Exception as problem:
             error(f"{item.name}: {_said(problem)}")
+    if options.only and not any_case and not outcome.errors:
+        error(f"no case of {', '.join(item.name for item in selected)} has {options.only!r} in its name")
     return outcome
 
 

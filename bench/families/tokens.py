@@ -87,7 +87,12 @@ GPU = Sizes(
 )
 
 
-@benchmark("tokens", "tokens/s, peak memory and bytes of a whole model: prefill, decode, training")
+@benchmark(
+    "tokens",
+    "tokens/s, peak memory and bytes of a whole model: prefill, decode, training",
+    devices=("cpu", "cuda"),
+    takes=("dtype", "model", "repeats"),
+)
 def tokens(options: Options) -> Iterator[Measured]:
     """SmolLM2 on a CPU, random weights of Llama-2-7B's shape on a GPU, or ``--model``.
 

@@ -71,4 +71,5 @@ def _run(table: PaperTable) -> Run:
 
 
 for _table in paper_tables().values():
-    benchmark(f"papers/{_table.name}", f"{_table.title}: {_table.about}")(_run(_table))
+    _about = f"{_table.title}: {_table.about}"
+    benchmark(f"papers/{_table.name}", _about, devices=("cpu", "cuda"), takes=("model", "scale"))(_run(_table))

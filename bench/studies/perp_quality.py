@@ -99,7 +99,11 @@ def compare(model: Any, data: dict[str, Tensor], options: dict[str, Any], check_
     }
 
 
-@benchmark("perp-quality", "PERP against full retraining with the masks held, each at its own best learning rate")
+@benchmark(
+    "perp-quality",
+    "PERP against full retraining with the masks held, each at its own best learning rate",
+    takes=("model",),
+)
 def perp_quality(options: Options) -> Iterator[Measured]:
     """100 steps of 2 x 256 tokens after magnitude pruning to 50%; ``quick``: 10 steps and two rates."""
     model, tokenizer = load_causal_lm(options.model)

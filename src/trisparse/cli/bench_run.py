@@ -29,7 +29,9 @@ def run(
         list[str], typer.Argument(help="Names of `trisparse bench list`; `papers/` is all that begin so.")
     ],
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and few repeats.")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; default cuda where there is one and the benchmark measures it.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the benchmark's.")] = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face id, folder or smollm2; default: its own.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed calls of each contestant; default: its own.")] = None,
@@ -38,7 +40,10 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder for the rows; default bench/results/runs, or dirty.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check, time and record benchmarks; exit code 1 if a contestant is wrong or a benchmark fails."""
+    """Check, time and record benchmarks; exit code 1 if a contestant is wrong or a benchmark fails.
+
+    --dtype, --model, --repeats and --scale are for the benchmarks that read them, and an error for others.
+    """
     from dataclasses import asdict
 
     import torch
@@ -62,7 +67,7 @@ def run(
     }
     flags |= {"--only": only or None, "--scale": scale, "--out": out}
     command = command_line("bench", "run", *names, flags=flags)
-    outcome = run_benchmarks(chosen(names), options, command=command, out=out, listener=Progress())
+    outcome = run_benchmarks(chosen(names, device), options, command=command, out=out, listener=Progress())
     if as_json:
         content = {"rows": [asdict(row) for row in outcome.rows], "errors": outcome.errors}
         print(json.dumps(content | {"files": list(map(str, outcome.files))}, indent=2))
