@@ -15,6 +15,7 @@ INFO_FILE = "trisparse.json"
 MASKS_FILE = "trisparse_masks.safetensors"
 ADAPTERS_FILE = "trisparse_adapters.json"  # of a folder of adapters, see retrain/adapter_folder.py
 WEIGHTS_FILE = "model.safetensors"
+PEFT_FILE = "adapter_config.json"  # of PEFT, which transformers puts on a model without a word
 INDEX_FILE = "model.safetensors.index.json"  # which shard holds which tensor
 
 MAX_JSON_BYTES = 64 * 2**20  # a target takes about 150 bytes: room for 400 000 of them
@@ -22,6 +23,19 @@ MAX_JSON_BYTES = 64 * 2**20  # a target takes about 150 bytes: room for 400 000 
 
 class CheckpointError(RuntimeError):
     """A folder is not a checkpoint of ours, or is damaged."""
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Check that transformers, which loads the model of ``folder``, does not change it by an adapter beside it.
+
+    Raises:
+        CheckpointError: it would.
+    """
+    if (folder / PEFT_FILE).exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter, {PEFT_FILE}, beside the pruned model: put it into a folder of its own and open "
+            "it with PeftModel.from_pretrained(model, folder)"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -86,9 +86,13 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 def weight_files(folder: Path) -> list[Path]:
     """The files with the weights of the model in ``folder``: one, or the shards that the index names.
 
+    One that is there comes first, as transformers has it: it saves into a folder without removing an earlier index.
+
     Raises:
         CheckpointError: the index is damaged, or names a file that is not in the folder itself.
     """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
     try:
         index = read_json(folder / INDEX_FILE)
     except FileNotFoundError:

@@ -19,6 +19,7 @@ from trisparse.sparsity.checkpoint.files import (
     MASKS_FILE,
     WEIGHTS_FILE,
     CheckpointError,
+    check_no_adapter,
     is_checkpoint,
 )
 from trisparse.sparsity.checkpoint.headers import read_headers, weight_files
@@ -172,6 +173,7 @@ def _check_fits(weights: Mapping[str, Tensor], model: nn.Module) -> None:
 def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, dense: bool = True) -> PreTrainedModel:
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(f"{path} was saved from a plain module: pass an instance of it as load(path, into=...)")
+    check_no_adapter(path)
     register()
     stored = read_headers(weight_files(path))
     model_class, config = architecture(path, len(stored))

@@ -252,6 +252,8 @@ class ModelOnDisk:
 
 def _weight_files(folder: Path) -> dict[str, Path]:
     """The file of every weight in ``folder``, by its name there."""
+    if (folder / _ONE_FILE).is_file():  # first, as transformers has it: an index may be of an earlier save
+        return dict.fromkeys(_names(folder / _ONE_FILE), folder / _ONE_FILE)
     if (folder / _INDEX).is_file():
         try:
             index: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
@@ -260,8 +262,6 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         if absent := sorted({file for file in index.values() if not (folder / file).is_file()}):
             raise ValueError(f"{folder} lacks {', '.join(absent[:3])}, which {_INDEX} names")
         return {name: folder / file for name, file in index.items()}
-    if (folder / _ONE_FILE).is_file():
-        return dict.fromkeys(_names(folder / _ONE_FILE), folder / _ONE_FILE)
     raise ValueError(f"{folder} holds no {_ONE_FILE} and no {_INDEX}: streaming reads safetensors only")
 
 
