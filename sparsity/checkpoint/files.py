@@ -43,8 +43,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        CheckpointError: it is too large, no JSON, no object, or names a key twice.
+        CheckpointError: it is no file, too large, no JSON, no object, or names a key twice.
     """
+    check_regular(file)
     try:
         with file.open("rb") as stream:
             text = stream.read(MAX_JSON_BYTES + 1)
@@ -55,6 +56,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if len(text) > MAX_JSON_BYTES:
         raise CheckpointError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB")
     return parse_json(text, file)
+
+
+def check_regular(file: Path) -> None:
+    """Check that ``file``, if it is there, is a file: to open a pipe would wait for one who writes into it.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if not file.is_file() and file.exists():
+        raise CheckpointError(f"{file} cannot be read: it is no file")
 
 
 def parse_json(text: bytes, file: Path) -> dict[str, Any]:

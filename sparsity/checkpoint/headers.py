@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from trisparse.sparsity.checkpoint.files import INDEX_FILE, WEIGHTS_FILE, CheckpointError, parse_json, read_json
+from trisparse.sparsity.checkpoint.files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_regular,
+    parse_json,
+    read_json,
+)
 
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors itself
 _MAX_DIMENSIONS = 16
@@ -117,6 +124,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
+    check_regular(file)
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

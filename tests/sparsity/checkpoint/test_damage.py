@@ -3,14 +3,15 @@
 import json
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trisparse.sparsity.checkpoint import CheckpointError, files, load, save
-from trisparse.sparsity.mask import bits_sha256
+from trisparse.sparsity.checkpoint import CheckpointError, files, load, loading, save
+from trisparse.sparsity.mask import MaskError, bits_sha256
 from trisparse.sparsity.sparsify import sparsify
 
 UP = "model.layers.0.mlp.up_proj"
@@ -170,3 +171,31 @@ def test_large_json_is_not_read(saved, monkeypatch):
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 100)
     with pytest.raises(CheckpointError, match="is larger than"):
         load(saved)
+
+
+def test_no_thread_reads_on_when_a_layer_is_refused(saved, monkeypatch):
+    ended = []
+
+    def refused(layer, target):
+        raise ValueError("no")
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            ended.append(cancel_futures)
+            super().shutdown(wait, cancel_futures=cancel_futures)
+
+    monkeypatch.setattr(loading, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(loading, "empty_layer", refused)
+    with pytest.raises(CheckpointError, match="cannot be compressed"):
+        load(saved)
+    assert ended == [True]
+
+
+def test_save_pretrained_checks_the_masks(saved):
+    """A folder that could not be loaded again is not written."""
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(1)
+    with pytest.raises(MaskError, match=r"layers\.1\.mlp\.up_proj"):
+        model.save_pretrained(saved.parent / "again")
+    assert not (saved.parent / "again" / "model.safetensors").exists()

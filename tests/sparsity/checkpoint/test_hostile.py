@@ -1,7 +1,9 @@
 """Folders made to do harm: each is refused at once, with its file named, and takes neither memory nor a prompt."""
 
 import json
+import os
 import shutil
+import signal
 import struct
 import time
 from pathlib import Path
@@ -264,3 +266,17 @@ def test_the_index_of_an_earlier_save_is_not_read(any_folder):
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (any_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     load(any_folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "trisparse.json", "trisparse_masks.safetensors"])
+def test_a_pipe_is_not_waited_for(dense_form, name):
+    (dense_form / name).unlink()
+    os.mkfifo(dense_form / name)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(5)
+    try:
+        with pytest.raises(CheckpointError, match="it is no file|plain module"):
+            load(dense_form)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
