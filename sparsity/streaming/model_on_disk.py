@@ -33,6 +33,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
 from trisparse.sparsity.checkpoint import INFO_FILE, MASKS_FILE, CheckpointError, is_checkpoint, read_info
+from trisparse.sparsity.checkpoint.target import check_kept
+from trisparse.sparsity.checkpoint.validation import check_pattern
 from trisparse.sparsity.hardware import return_freed_memory
 from trisparse.sparsity.mask import Mask, attach, check_masks, combined_sha256, detach
 from trisparse.sparsity.pattern import parse_pattern
@@ -193,7 +195,10 @@ class ModelOnDisk:
             with safe_open(file, framework="pt", backend="pread") as opened:
                 bits = opened.get_tensor(name)
             pattern = parse_pattern(entry["pattern"])
-            return Mask(bits, torch.Size(entry["shape"]), int(entry["cols"]), bool(entry["transposed"]), pattern)
+            mask = Mask(bits, torch.Size(entry["shape"]), int(entry["cols"]), bool(entry["transposed"]), pattern)
+            check_kept(pattern, bits.shape[0], mask.cols, mask.kept)
+            check_pattern(pattern, bits, mask.cols)
+            return mask
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the mask of {name} in {self.folder} cannot be read: {error}") from error
 
