@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trisparse.sparsity.checkpoint.architecture import check_size
-from trisparse.sparsity.checkpoint.files import CheckpointError
+from trisparse.sparsity.checkpoint.files import CheckpointError, check_no_adapter
 from trisparse.sparsity.checkpoint.headers import StoredTensor, read_headers, weight_files
 from trisparse.sparsity.checkpoint.info import Manifest
 from trisparse.sparsity.checkpoint.packing import EmptyLayer, empty_layer, fill, replace, tensor_names
@@ -45,6 +45,7 @@ class Loading:
     def __init__(self, model: Any, manifest: Manifest, files: Sequence[Path]) -> None:
         self._model = model
         _check_place(files, str(getattr(model.config, "name_or_path", "") or ""))
+        check_no_adapter(files[0].parent)
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         headers = read_headers(files)
         self._stored = _check_stored(model, manifest, headers, prefix)
