@@ -20,6 +20,7 @@ from trisparse.cli.options import (
     local_models,
     locate_model,
     show,
+    typed_command,
 )
 
 
@@ -106,7 +107,7 @@ def prune(
 
             free_memory_at_once()
             folder, tokenizer = locate_model(model)
-            options |= {"hidden_states": hidden_states, "recipe": {"data": data}, "tokenizer": tokenizer}
+            options |= {"hidden_states": hidden_states, "recipe": {"data": data, "command": typed_command()}, "tokenizer": tokenizer}
             report = stream_sparsify(folder, out, sparsity, method, text, **options)
         else:
             from trisparse.sparsity.sparsify import sparsify
@@ -137,6 +138,7 @@ def prune(
                 step |= {"sampling": sampling}
             if dtype != "auto":
                 step |= {"dtype": dtype}
+            step["command"] = typed_command()
             save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, step])
     show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
 

@@ -118,7 +118,8 @@ def test_a_dense_checkpoint_becomes_one_of_ours(tiny_llama, zeros, tmp_path, tri
     assert json.loads(out)["masks"] == 14
     assert masks_sha256(load(tmp_path / "ours")) == masks_sha256(load(tiny_llama / "pruned"))
     (step,) = read_info(tmp_path / "ours")["recipe"]
-    assert step == {"step": "recover-masks", "weights": 14, "of": 15, "sparsity": 0.5}
+    command = "trisparse export zeros --out ours --to trisparse --recover-masks --json"
+    assert step == {"step": "recover-masks", "weights": 14, "of": 15, "sparsity": 0.5, "command": command}
     assert (tmp_path / "ours" / "tokenizer.json").is_file()
 
 
