@@ -120,7 +120,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     that is killed just then leaves both in ``.NAME-*`` beside it, as ``old`` and ``new``.
 
     Raises:
-        OSError: the new folder could not be put in place; if the earlier one could not be put back, it says where it is.
+        OSError: the new folder could not be put in place; it says where the earlier one is if that could not be
+            put back.
     """
     path = path.resolve()  # of a symbolic link, what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)

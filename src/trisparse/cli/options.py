@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-
 # Not click's current context: some releases of typer bring a click of their own.
 _typed: ContextVar[list[str] | None] = ContextVar("typed", default=None)
 

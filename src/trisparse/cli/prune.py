@@ -107,7 +107,8 @@ def prune(
 
             free_memory_at_once()
             folder, tokenizer = locate_model(model)
-            options |= {"hidden_states": hidden_states, "recipe": {"data": data, "command": typed_command()}, "tokenizer": tokenizer}
+            step = {"data": data, "command": typed_command()}
+            options |= {"hidden_states": hidden_states, "recipe": step, "tokenizer": tokenizer}
             report = stream_sparsify(folder, out, sparsity, method, text, **options)
         else:
             from trisparse.sparsity.sparsify import sparsify
