@@ -9,12 +9,12 @@ from trisparse.sparsity.checkpoint import load, read_info, save
 def test_the_card_of_a_retrained_model_has_its_commands_and_its_perplexity(tiny_llama, tmp_path, trisparse_command):
     text = tiny_llama / "text.txt"
     trisparse_command("prune", tiny_llama / "dense", "--out", tmp_path / "p", "--sparsity", "50% rows")
-    data = ["--data", text, "--validation", text, "--validation-windows", 4, "--seq-len", 32]
+    data = ["--data", text, "--validation", text, "--validation-windows", 4, "--seq-len", 9]
     trisparse_command("retrain", tmp_path / "p", *data, "--steps", 2, f"--out={tmp_path / 'r'}")
     prune, retrain = read_info(tmp_path / "r")["recipe"]
     assert prune["command"] == "trisparse prune dense --out p --sparsity '50% rows'"
     assert retrain["command"] == (
-        "trisparse retrain p --data text.txt --validation text.txt --validation-windows 4 --seq-len 32 --steps 2 --out=r"
+        "trisparse retrain p --data text.txt --validation text.txt --validation-windows 4 --seq-len 9 --steps 2 --out=r"
     )
     assert 1 < retrain["perplexity"] < 50
     card = (tmp_path / "r" / "README.md").read_text()

@@ -244,3 +244,27 @@ def test_the_format_is_known_whatever_is_imported_first(first):
     code += "AUTO_QUANTIZATION_CONFIG_MAPPING)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(first == "trisparse"), "True", "True"]
+
+
+def test_a_model_without_masks_is_an_ordinary_one(model_named, tokens, tmp_path):
+    model = model_named("llama")
+    path = save(model, tmp_path / "dense", recipe=[{"step": "none"}])
+    assert "quantization_config" not in json.loads((path / "config.json").read_text())
+    assert "opens them" in (path / "README.md").read_text()
+    again, ours = AutoModelForCausalLM.from_pretrained(path), load(path)
+    assert not masks(ours)
+    for other in (again, ours):
+        assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in model.state_dict().items())
+    save(ours, path, recipe=read_info(path)["recipe"])  # and is replaced as a result of ours
+
+
+def test_the_dense_form_is_not_decompressed(model_named, tmp_path):
+    model = model_named("llama")
+    sparsify(model, "2:4", progress=False)
+    path = save(model, tmp_path / "dense", form="dense")
+    with pytest.raises(ValueError, match=r"the masks beside them: trisparse\.load\(folder\) opens it"):
+        AutoModelForCausalLM.from_pretrained(path, quantization_config=TrisparseConfig(dense=True))
+    plain = tmp_path / "plain"
+    model.save_pretrained(plain)
+    with pytest.raises(ValueError, match="no trisparse checkpoint"):
+        AutoModelForCausalLM.from_pretrained(plain, quantization_config=TrisparseConfig(dense=True))
