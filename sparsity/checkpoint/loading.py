@@ -53,15 +53,19 @@ class Loading:
         self._weights: list[_Weight] = []
         modules = dict(model.named_modules())
         readers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-        for name, target in manifest.targets.items():
-            own = _own_name(name, modules, prefix)
-            if own is not None:  # else of a part that this class of model does not have, such as the head
-                layer = self._prepare(own, target, modules)
-                # Beside the main thread, which is busy with transformers' own work.
-                positions = readers.submit(self._read, name, target)
-                self._weights.append(_Weight(name, own, target, layer, positions))
+        try:
+            for name, target in manifest.targets.items():
+                own = _own_name(name, modules, prefix)
+                if own is not None:  # else of a part that this class of model does not have, such as the head
+                    layer = self._prepare(own, target, modules)
+                    # Beside the main thread, which is busy with transformers' own work.
+                    positions = readers.submit(self._read, name, target)
+                    self._weights.append(_Weight(name, own, target, layer, positions))
+            check_size(model, [tensor.shape for tensor in headers.values()], files[0].parent)
+        except BaseException:
+            readers.shutdown(wait=False, cancel_futures=True)
+            raise
         readers.shutdown(wait=False)
-        check_size(model, [tensor.shape for tensor in headers.values()], files[0].parent)
         model._keys_to_ignore_on_load_unexpected.add(_OURS)
 
     def _prepare(self, name: str, target: Target, modules: Mapping[str, nn.Module]) -> nn.Module:

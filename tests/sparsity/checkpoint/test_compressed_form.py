@@ -11,7 +11,15 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, LlamaModel
 
-from trisparse.sparsity.checkpoint import CheckpointError, TrisparseConfig, is_checkpoint, load, read_info, save
+from trisparse.sparsity.checkpoint import (
+    CheckpointError,
+    TrisparseConfig,
+    is_checkpoint,
+    load,
+    loading,
+    read_info,
+    save,
+)
 from trisparse.sparsity.checkpoint.headers import read_headers, weight_files
 from trisparse.sparsity.compression import compress, decompress
 from trisparse.sparsity.linear import SparseLinear
@@ -268,3 +276,27 @@ def test_the_dense_form_is_not_decompressed(model_named, tmp_path):
     model.save_pretrained(plain)
     with pytest.raises(ValueError, match="no trisparse checkpoint"):
         AutoModelForCausalLM.from_pretrained(plain, quantization_config=TrisparseConfig(dense=True))
+
+
+def test_a_refused_layer_stops_the_threads_that_read(pruned, tmp_path, monkeypatch):
+    path = save(pruned, tmp_path / "p")
+    made = []
+
+    class Readers(loading.ThreadPoolExecutor):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    def refuse(layer, target):
+        if len(made[0]._threads) > 0:  # after the first weights
+            raise ValueError("of another size")
+        return empty_layer(layer, target)
+
+    empty_layer = loading.empty_layer
+    monkeypatch.setattr(loading, "ThreadPoolExecutor", Readers)
+    monkeypatch.setattr(loading, "empty_layer", refuse)
+    with pytest.raises(CheckpointError, match="of another size"):
+        AutoModelForCausalLM.from_pretrained(path)
+    (readers,) = made
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        readers.submit(len, ())
