@@ -43,7 +43,6 @@ PAPER_TASKS = tuple(_FOLDERS)
 TASK_SETS = {"zero-shot": PAPER_TASKS, "perp": PAPER_TASKS}
 
 
-
 def zero_shot(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
