@@ -67,8 +67,12 @@ def perplexity(
             done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
-    mean = loss / (len(windows) * (seq_len - 1))
-    return math.exp(mean) if mean < _MAX_EXPONENT else math.inf
+    return perplexity_of(loss / (len(windows) * (seq_len - 1)))
+
+
+def perplexity_of(mean_loss: float) -> float:
+    """exp of the mean of -log p over tokens; ``inf`` where that is too great for a float."""
+    return math.exp(mean_loss) if mean_loss < _MAX_EXPONENT else math.inf
 
 
 def _windows(

@@ -17,12 +17,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trisparse.sparsity.mask import masks, masks_sha256
 from trisparse.sparsity.modes import evaluating
+from trisparse.sparsity.provenance import provenance
 from trisparse.sparsity.zero_shot_report import TaskResult, ZeroShotReport
 
 if TYPE_CHECKING:
@@ -42,8 +41,6 @@ _FOLDERS = {
 PAPER_TASKS = tuple(_FOLDERS)
 """The tasks of Wanda (Table 2), PERP (appendix) and Pruner-Zero (Table 3)."""
 TASK_SETS = {"zero-shot": PAPER_TASKS, "perp": PAPER_TASKS}
-
-_PACKAGES = ("trisparse", "lm_eval", "torch", "transformers", "datasets")
 
 
 def zero_shot(
@@ -111,17 +108,13 @@ def zero_shot(
         finally:
             random.setstate(drawn)  # loading data draws from it
             tokenizer.pad_token = padding  # lm-eval gives the tokenizer one where it has none
-    pruned = masks(model)
-    total = sum(mask.shape.numel() for mask in pruned.values())
     return ZeroShotReport(
         tasks=[_result(name, answers) for name in answers["results"] if name in answers["configs"]],
         limit=limit,
         seed=seed,
         truncated=notes.truncated,
         model=type(model).__name__,
-        sparsity=1 - sum(mask.kept for mask in pruned.values()) / total if total else 0.0,
-        masks_sha256=masks_sha256(model) if pruned else None,
-        versions={name: _version(name) for name in _PACKAGES},
+        **provenance(model),
         seconds=round(time.perf_counter() - begun, 1),
     )
 
@@ -284,10 +277,3 @@ def _result(name: str, answers: dict[str, Any]) -> TaskResult:
         metrics=values,
         standard_errors=errors,
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from trisparse import cli
-from trisparse.sparsity.checkpoint import load
+from trisparse.sparsity.checkpoint import load, read_info
 from trisparse.sparsity.mask import masks
 
 WORDS = ["the", "list", "of", "a", "dict", "is", "in", "python", "and", "or", "not"]
@@ -127,6 +128,9 @@ def test_eval_measures_any_model(dense, pruned, text):
     for model in (dense, pruned):
         out = json.loads(invoke("eval", model, "--data", text, "--seq-len", 32, "--max-tokens", 320, "--json"))
         assert 5 < out["perplexity"] < 40  # 16 tokens, untrained
+        assert out["sparsity"] == (0 if model == dense else pytest.approx(0.5, abs=0.02))
+        assert out["masks_sha256"] == (None if model == dense else read_info(model)["masks_sha256"])
+        assert out["versions"]["torch"] == version("torch")
     assert invoke("eval", dense, "--data", text, "--seq-len", 32).startswith("perplexity ")
 
 

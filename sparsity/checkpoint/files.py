@@ -33,8 +33,8 @@ def check_no_adapter(folder: Path) -> None:
     """
     if (folder / PEFT_FILE).exists():
         raise CheckpointError(
-            f"{folder} holds an adapter, {PEFT_FILE}, beside the pruned model: put it into a folder of its own and open "
-            "it with PeftModel.from_pretrained(model, folder)"
+            f"{folder} holds an adapter, {PEFT_FILE}, beside the pruned model: put it into a folder of its own and "
+            "open it with PeftModel.from_pretrained(model, folder)"
         )
 
 
@@ -145,7 +145,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     that is killed just then leaves both in ``.NAME-*`` beside it, as ``old`` and ``new``.
 
     Raises:
-        OSError: the new folder could not be put in place; if the earlier one could not be put back, it says where it is.
+        OSError: the new folder could not be put in place; it says where the earlier one is if that could not be
+            put back.
     """
     path = path.resolve()  # of a symbolic link, what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)

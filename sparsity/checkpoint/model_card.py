@@ -33,7 +33,11 @@ def model_card(model: nn.Module, name: str, *, recipe: Sequence[Mapping[str, Any
         lines.append(f"| {pattern} | {count} | {size:,} | {kept:,} | {1 - kept / max(size, 1):.2%} |")
     total = sum(parameter.numel() for parameter in model.parameters())
     lines += ["", _how_stored(form), ""] if total else [""]
-    measured = [(step.get("data"), step["perplexity"]) for step in recipe if _is_number(step.get("perplexity"))]
+    measured = [
+        (step.get("validation") or step.get("data"), step["perplexity"])
+        for step in recipe
+        if _is_number(step.get("perplexity"))
+    ]
     if measured:
         lines += ["## Perplexity", ""]
         lines += [f"- {value:.3f}" + (f" on {data}" if data else "") for data, value in measured] + [""]

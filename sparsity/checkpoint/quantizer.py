@@ -79,10 +79,16 @@ class TrisparseQuantizer(HfQuantizer):
     quantization_config: TrisparseConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from trisparse.sparsity.checkpoint.files import CheckpointError
+        from trisparse.sparsity.checkpoint.files import CheckpointError, is_checkpoint
         from trisparse.sparsity.checkpoint.loading import Loading
 
         if self.quantization_config.manifest is None:
+            folder = str(getattr(model.config, "name_or_path", "") or "")
+            if folder and is_checkpoint(folder):
+                raise ValueError(
+                    f"{folder} holds ordinary weights with the masks beside them: trisparse.load(folder) opens it with "
+                    "its masks, and from_pretrained without a quantization_config as a dense model"
+                )
             raise ValueError(
                 "quantization_config is a TrisparseConfig, which says how our checkpoints are loaded, but the model is "
                 "no trisparse checkpoint: trisparse.sparsify prunes a model"

@@ -41,7 +41,8 @@ def save(
         tokenizer: saved alongside.
         recipe: what was done to the model, step by step; JSON values.
         form: ``"compressed"`` stores the pruned weights of linear layers by their kept values where that is smaller;
-            ``"dense"`` stores ordinary weights, which every tool opens, with the masks in a file beside them.
+            ``"dense"`` stores ordinary weights, which every tool opens, with the masks in a file beside them. A model
+            without masks is stored dense.
         max_shard_size: of a file of weights of a transformers model, in bytes or as ``"5GB"``.
 
     Raises:
@@ -71,6 +72,8 @@ def write_checkpoint(
     max_shard_size: int | str = "50GB",
 ) -> None:
     """Write ``model``, whose masks were checked, into the empty ``folder``; the card calls it ``name``."""
+    if not masks(model):
+        form = "dense"  # nothing is compressed, and every tool opens an ordinary model
     with quiet_transformers():
         if form == "compressed":
             _write_compressed(model, folder, recipe, max_shard_size)

@@ -154,7 +154,8 @@ def stream_sparsify(
         patterns=None if allocated is None else {name: repr(one) for name, one in allocated.patterns.items()},
         update=update,
         damping=None if update is None else damping,
-        recipe=dict(recipe or {}),
+        # How it was typed may differ, as in the order of the options, where a run goes on.
+        recipe={key: value for key, value in (recipe or {}).items() if key != "command"},
         processes=processes,
     )
     processes.check_equal("the settings", settings)

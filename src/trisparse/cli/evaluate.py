@@ -53,11 +53,13 @@ def evaluate(
     if data is not None:
         from trisparse.sparsity.perplexity import perplexity
         from trisparse.sparsity.progress import counting_bar
+        from trisparse.sparsity.provenance import provenance
 
         with counting_bar("perplexity") as progress:
             value = perplexity(
                 loaded, text, tokenizer=tokenizer, seq_len=seq_len, max_tokens=max_tokens, progress=progress
             )
+        result |= provenance(loaded)
         result |= {"data": data, "seq_len": seq_len, "max_tokens": max_tokens, "perplexity": value}
         lines.append(f"perplexity {value:.3f}")
     if tasks is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trisparse.cli.options import AsJson, Out, RecoverMasks, app, show
+from trisparse.cli.options import AsJson, Out, RecoverMasks, app, show, typed_command
 
 FORMS = ("dense", "semi-structured", "trisparse")
 
@@ -42,6 +42,8 @@ def export(
         raise ValueError(f"dtype must be one of fp32, fp16, bf16, got {dtype!r}")
     check_output(out, sources=[folder])
     model, recipe = load_any(folder, dtype=dtypes[dtype], recover=recover)
+    if recover:
+        recipe[-1]["command"] = typed_command()
     content: dict[str, Any] = {"folder": str(folder), "to": to, "out": str(out), "masks": len(masks(model))}
     lines = []
     if to == "dense":

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+# Not click's current context: some releases of typer bring a click of their own.
+_typed: ContextVar[list[str] | None] = ContextVar("typed", default=None)
+
+
+class _Program(TyperGroup):
+    """Remembers what was typed, for the recipe of what a command writes."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["trisparse.typed"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        token = _typed.set(ctx.meta["trisparse.typed"])
+        try:
+            return super().invoke(ctx)
+        finally:
+            _typed.reset(token)
+
 
 app = typer.Typer(
+    cls=_Program,
     help="Prune language models, win the accuracy back, keep every zero.",
     no_args_is_help=True,
     add_completion=False,
@@ -87,6 +110,13 @@ def _load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
         if (named := sparse_format(model)) is not None:
             return load_compressed_tensors(model), tokenizer, [imported(named)]
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False).eval(), tokenizer, []
+
+
+def typed_command() -> str | None:
+    """The running command as it was typed, of absolute paths the last part alone; None outside of the program."""
+    if (typed := _typed.get()) is None:
+        return None
+    return shlex.join(["trisparse", *(re.sub(r"^(--[\w-]+=)?/(?:.*/)?(?=[^/])", r"\1", word) for word in typed)])
 
 
 def local_models(*models: str | None) -> list[Path]:

@@ -20,6 +20,7 @@ from trisparse.cli.options import (
     local_models,
     locate_model,
     show,
+    typed_command,
 )
 
 
@@ -106,7 +107,8 @@ def prune(
 
             free_memory_at_once()
             folder, tokenizer = locate_model(model)
-            options |= {"hidden_states": hidden_states, "recipe": {"data": data}, "tokenizer": tokenizer}
+            step = {"data": data, "command": typed_command()}
+            options |= {"hidden_states": hidden_states, "recipe": step, "tokenizer": tokenizer}
             report = stream_sparsify(folder, out, sparsity, method, text, **options)
         else:
             from trisparse.sparsity.sparsify import sparsify
@@ -119,24 +121,16 @@ def prune(
         if not processes.is_first:
             return
         if not stream:
-            done = (
-                "pattern",
-                "method",
-                "allocation",
-                "propagate",
-                "update",
-                "samples",
-                "tokens",
-                "sparsity",
-                "seconds",
-            )
-            step = {"step": "prune", "data": data, "seed": seed, **{key: content[key] for key in done}}
+            done = ("pattern", "method", "allocation", "propagate", "update", "samples", "tokens", "sparsity")
+            step: dict[str, Any] = {"step": "prune", "data": data, "seed": seed}
+            step |= {key: content[key] for key in (*done, "seconds")}
             if report.update is not None:
                 step |= {"damping": damping}
             if data is not None and sampling != "windows":
                 step |= {"sampling": sampling}
             if dtype != "auto":
                 step |= {"dtype": dtype}
+            step["command"] = typed_command()
             save(loaded, out, tokenizer=tokenizer, recipe=[*recipe, step])
     show(content | {"out": str(out)}, f"{report}\nsaved to {out}", as_json)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trisparse.cli.config_file import section_of
-from trisparse.cli.options import load_model, show
+from trisparse.cli.options import load_model, show, typed_command
 from trisparse.cli.retrain_job import COMMON, HELD_OUT, RECOVER, Job, unused, used_settings
 from trisparse.cli.retrain_perp import perp_config, tell_resume, with_sharding
 
@@ -85,6 +85,7 @@ def run(job: Job) -> None:
         **used,
         **{key: content[key] for key in ("target", "method", "sparsity", "perplexity_before", "perplexity", "seconds")},
         "patterns": [cycle.pattern for cycle in report.cycles],
+        "command": typed_command(),
     }
     assert job.out is not None
     save(model, job.out, tokenizer=tokenizer, recipe=[*recipe, record])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trisparse.cli.config_file import section_of
-from trisparse.cli.options import check_pruned, load_model, show
+from trisparse.cli.options import check_pruned, load_model, show, typed_command
 from trisparse.cli.retrain_job import COMMON, HELD_OUT, RECOVER, Job, unused, used_settings, with_groups
 
 
@@ -64,6 +64,7 @@ def run(job: Job) -> None:
     from trisparse.retrain.processes import is_main_process
     from trisparse.sparsity.checkpoint import save
     from trisparse.sparsity.data import token_windows
+    from trisparse.sparsity.perplexity import perplexity_of
     from trisparse.sparsity.text import load_text
 
     settings = dict(job.settings)
@@ -99,6 +100,8 @@ def run(job: Job) -> None:
         **used_settings(options, dropped=unused(options, teacher=teacher is not None)),
         **{key: content[key] for key in ("learning_rate", "batch", "tokens", "trainable_share", "seconds")},
         **{key: content[key] for key in ("first_loss", "last_loss", "validation_loss")},
+        "perplexity": None if report.validation_loss is None else perplexity_of(report.validation_loss[1]),
+        "command": typed_command(),
     }
     assert job.out is not None
     if report.peft_model is None:

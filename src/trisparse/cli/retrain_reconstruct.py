@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trisparse.cli.config_file import section_of
-from trisparse.cli.options import check_pruned, load_model, show
+from trisparse.cli.options import check_pruned, load_model, show, typed_command
 from trisparse.cli.retrain_job import COMMON, RECOVER, Job, used_settings, with_groups
 
 
@@ -51,6 +51,7 @@ def run(job: Job) -> None:
         "dense": dense,
         **used_settings(options, dropped=() if "lora" in options.groups else ("rank", "alpha")),
         **{key: content[key] for key in ("error_before", "error_after", "trainable", "seconds")},
+        "command": typed_command(),
     }
     assert job.out is not None
     save(model, job.out, tokenizer=tokenizer, recipe=[*recipe, record])

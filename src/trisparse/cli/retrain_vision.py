@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trisparse.cli.config_file import section_of
-from trisparse.cli.options import show
+from trisparse.cli.options import show, typed_command
 from trisparse.cli.retrain_job import COMMON, Job, used_settings, with_groups
 
 _PROCESSOR_FILE = "preprocessor_config.json"
@@ -99,6 +99,7 @@ def run(job: Job) -> None:
     used["schedule"] = f"{type(options.schedule).__name__} from {options.schedule.at(0, 1):g}"
     step = {key: content[key] for key in ("steps", "trainable_share", "recalibrated", "accuracy", "seconds")}
     record = {"step": "vision", "data": job.data, "validation": job.validation, **used, "change": change, **step}
+    record["command"] = typed_command()
     if pattern is not None:
         recipe = [*recipe, {"step": "prune", "pattern": str(pattern), "method": "magnitude"}]
     assert job.out is not None

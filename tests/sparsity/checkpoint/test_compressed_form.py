@@ -269,3 +269,27 @@ def test_a_folder_that_was_saved_again_in_one_file(model_named, compressed, tmp_
         cpu = torch.device("cpu")
         assert torch.equal(DenseWeights(tmp_path, model).read(["lm_head.weight"], cpu)["lm_head.weight"], weight)
         assert ModelOnDisk(tmp_path, cpu).files == [tmp_path / "model.safetensors"]
+
+
+def test_a_model_without_masks_is_an_ordinary_one(model_named, tokens, tmp_path):
+    model = model_named("llama")
+    path = save(model, tmp_path / "dense", recipe=[{"step": "none"}])
+    assert "quantization_config" not in json.loads((path / "config.json").read_text())
+    assert "opens them" in (path / "README.md").read_text()
+    again, ours = AutoModelForCausalLM.from_pretrained(path), load(path)
+    assert not masks(ours)
+    for other in (again, ours):
+        assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in model.state_dict().items())
+    save(ours, path, recipe=read_info(path)["recipe"])  # and is replaced as a result of ours
+
+
+def test_the_dense_form_is_not_decompressed(model_named, tmp_path):
+    model = model_named("llama")
+    sparsify(model, "2:4", progress=False)
+    path = save(model, tmp_path / "dense", form="dense")
+    with pytest.raises(ValueError, match=r"the masks beside them: trisparse\.load\(folder\) opens it"):
+        AutoModelForCausalLM.from_pretrained(path, quantization_config=TrisparseConfig(dense=True))
+    plain = tmp_path / "plain"
+    model.save_pretrained(plain)
+    with pytest.raises(ValueError, match="no trisparse checkpoint"):
+        AutoModelForCausalLM.from_pretrained(plain, quantization_config=TrisparseConfig(dense=True))

@@ -65,6 +65,15 @@ def test_dense_opens_where_there_is_no_trisparse(tiny_llama, zeros):
     assert load_file(zeros / "model.safetensors").keys() == expected.state_dict().keys()
 
 
+def test_dense_export_of_the_dense_form_has_no_file_of_masks(tiny_llama, tmp_path, trisparse_command):
+    save(load(tiny_llama / "pruned"), tmp_path / "ours", form="dense")
+    assert (tmp_path / "ours" / "trisparse_masks.safetensors").is_file()
+    trisparse_command("export", tmp_path / "ours", "--out", tmp_path / "out", "--to", "dense")
+    # vLLM would load every file of safetensors as weights
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "out" / "trisparse.json").exists()
+
+
 def test_dtype_of_the_export(tiny_llama, tmp_path, trisparse_command, trisparse_error):
     trisparse_command("export", tiny_llama / "pruned", "--out", tmp_path / "h", "--to", "dense", "--dtype", "fp16")
     assert {w.dtype for w in load_file(tmp_path / "h" / "model.safetensors").values()} == {torch.float16}
@@ -118,7 +127,8 @@ def test_a_dense_checkpoint_becomes_one_of_ours(tiny_llama, zeros, tmp_path, tri
     assert json.loads(out)["masks"] == 14
     assert masks_sha256(load(tmp_path / "ours")) == masks_sha256(load(tiny_llama / "pruned"))
     (step,) = read_info(tmp_path / "ours")["recipe"]
-    assert step == {"step": "recover-masks", "weights": 14, "of": 15, "sparsity": 0.5}
+    command = "trisparse export zeros --out ours --to trisparse --recover-masks --json"
+    assert step == {"step": "recover-masks", "weights": 14, "of": 15, "sparsity": 0.5, "command": command}
     assert (tmp_path / "ours" / "tokenizer.json").is_file()
 
 
