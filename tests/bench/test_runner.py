@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trisparse.bench import runner
-from trisparse.bench.registry import Benchmark, Case, Measured, Options
+from trisparse.bench.registry import Benchmark, Case, Measured, Options, Origin
 from trisparse.bench.rows import read_rows
 
 RIGHT = torch.ones(2)
@@ -197,6 +197,15 @@ def test_a_changed_checkout_has_its_own_folder(machine, tmp_path, monkeypatch, d
     monkeypatch.setattr(runner, "checkout", lambda: tmp_path)
     outcome = run([case({"a": lambda: RIGHT})], machine(dirty=dirty), tmp_path, out=None)
     assert outcome.files == [tmp_path / "bench/results" / folder / "toy.jsonl"]
+
+
+def test_what_a_changed_checkout_recorded_stays_dirty(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "checkout", lambda: tmp_path)
+    read = Measured("c", {}, {"a": {"perplexity": 1.0}}, origin=Origin("some GPU", "then", {"dirty": True}))
+    outcome = run([read], machine(dirty=False), tmp_path, out=None)
+    assert outcome.files == [tmp_path / "bench/results/dirty/toy.jsonl"]
+    [row] = outcome.rows
+    assert (row.device, row.time, row.environment) == ("some GPU", "then", {"dirty": True})
 
 
 def test_outside_a_checkout_rows_go_to_the_working_directory(machine, tmp_path, monkeypatch):
