@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trisparse.bench.models import load_causal_lm, model_label
 from trisparse.bench.registry import Measured, Options, benchmark
 from trisparse.sparsity.progress import quiet_transformers
 
@@ -36,27 +37,19 @@ def checkpoint(options: Options) -> Iterator[Measured]:
     """Rows of the 2:4 and the 50% unstructured checkpoint, each against the dense one."""
     from transformers import AutoModelForCausalLM
 
-    from trisparse.bench.smollm2 import load_smollm2
     from trisparse.sparsity.checkpoint import save
     from trisparse.sparsity.checkpoint.headers import read_headers, weight_files
     from trisparse.sparsity.mask import masks
     from trisparse.sparsity.sparsify import sparsify
 
     dtype = options.dtype or torch.bfloat16
-
-    def fresh() -> PreTrainedModel:
-        if options.model in (None, "smollm2"):
-            smollm2, _ = load_smollm2(dtype=dtype)
-            return smollm2
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-        model.eval()
-        return model
+    label, dtype_name = model_label(options.model), str(dtype).removeprefix("torch.")
 
     repeats = options.repeats or (3 if options.quick else 15)
     with tempfile.TemporaryDirectory() as work:
         folders, saved, parts = {}, {}, {}
         for pattern in ("dense", *_PATTERNS):
-            model = fresh()
+            model, _ = load_causal_lm(options.model, dtype)
             if pattern != "dense":
                 sparsify(model, pattern, "magnitude", progress=False)
                 parts[pattern] = [name.rpartition(".")[0] for name in masks(model)]
@@ -96,8 +89,8 @@ def checkpoint(options: Options) -> Iterator[Measured]:
                     "save_s": saved[name],
                 }
             yield Measured(
-                f"SmolLM2, {pattern}, {str(dtype).removeprefix('torch.')}: load until every weight was read",
-                {"pattern": pattern, "dtype": str(dtype).removeprefix("torch."), "model": options.model or "smollm2"},
+                f"{label}, {pattern}, {dtype_name}: load until every weight was read",
+                {"pattern": pattern, "dtype": dtype_name, "model": label},
                 metrics,
                 {"dense": ready["dense"], "compressed": ready[pattern]},
                 baseline="dense",

@@ -278,7 +278,7 @@ def linear(options: Options) -> Iterator[Case]:
             weights: Weights | None = None  # made for the first case that runs
             for tokens in QUICK_TOKENS if options.quick else TOKENS:
                 for direction, rank in kinds(tokens):
-                    if options.only not in case_name(direction, shape, pattern, tokens, rank, name):
+                    if not options.wants(case_name(direction, shape, pattern, tokens, rank, name)):
                         continue
                     weights = weights or Weights(shape, pattern, dtype, options.device)
                     yield case(weights, pattern, tokens, direction, rank, models=models, repeats=repeats)

@@ -98,7 +98,7 @@ def measure(options: Options, run: RunJob) -> Iterator[Measured]:
     problems: list[str] = []
     for method, pattern, ways in QUICK_CASES if options.quick else CASES:
         name = f"{method} {pattern}, {model_label(model)}, {samples}x{seq_len} tokens"
-        if options.only not in name:
+        if not options.wants(name):
             continue
         jobs = [Job(method, pattern, how, model, device, dtype, samples, seq_len, test) for how in ways]
         found, failed = run_rounds(jobs, rounds, run)

@@ -84,7 +84,7 @@ def cases(rows: int, cols: int, dtype: torch.dtype, options: Options, *, compile
         wanted = [
             name
             for name in ("row 50%", *(f"{n}:{m}" for n, m in nm), "layer 50%", "global 50%")
-            if options.only in f"{name}, {score}, {where}"
+            if options.wants(f"{name}, {score}, {where}")
         ]
         if not wanted:
             continue
@@ -93,7 +93,7 @@ def cases(rows: int, cols: int, dtype: torch.dtype, options: Options, *, compile
             calls, reference = _selection(name, weight, vector, k, compiled=compiled)
             yield _case(f"{name}, {score}, {where}", name, score, weight, calls, reference, repeats)
     score = METRICS["pruner-zero"].infix
-    wanted = [name for name in ("row 50%", "2:4") if options.only in f"{name}, {score}, {where}"]
+    wanted = [name for name in ("row 50%", "2:4") if options.wants(f"{name}, {score}, {where}")]
     inputs = tie_free_squares(rows, cols, dtype, device) if wanted else None
     if inputs is None:
         if wanted:
