@@ -6,6 +6,7 @@ in any file of safetensors. All else must be as saved: which weights are kept, a
 of others have no hash of their masks either: of these, bits that still make up a mask of the format are taken.
 """
 
+import json
 import os
 import re
 import resource
@@ -157,13 +158,17 @@ def check(folder, expected, what):
     if found is not None:
         if folder.name in HASHED:
             assert found[0] == expected[0], what
-            assert found[1] == expected[1] or what.endswith(".json"), what  # a pattern's name is not hashed
+            # A pattern's name is not hashed: another that the mask has as well, such as another scope, is taken.
+            assert found[1] == expected[1] or what.endswith(".json"), what
         assert {n: s for n, (s, _) in found[2].items()} == {n: s for n, (s, _) in expected[2].items()}, what
         assert found[3].keys() == expected[3].keys(), what
     return found
 
 
-@pytest.mark.parametrize("kind", ["two-four", "loose", "dense", "24-fp16-odd", "bitmask-bf16-sharded", "semi"])
+KINDS = ["two-four", "loose", "dense", "24-fp16-odd", "bitmask-bf16-sharded", "semi"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_refused_or_read_right(checkpoints, kind, tmp_path):
     whole, expected = next((path, value) for path, value in checkpoints.items() if path.name == kind)
     outcomes = {"refused": 0, "read": 0}
@@ -188,3 +193,75 @@ def test_damaged_files_are_refused_or_read_right(checkpoints, kind, tmp_path):
     one()
     print(kind, outcomes)
     assert outcomes["refused"] > EXAMPLES // 3
+
+
+AUTO = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.A", "evil.B"]}
+QUANTIZERS = [{"quant_method": name} for name in ("bitnet", "fp8", "trisparse", "compressed-tensors", 3)]
+KEYS = {  # of config.json
+    "quantization_config": [*QUANTIZERS, {}, [], "x", 3],
+    "compression_config": [*QUANTIZERS, {"sparsity_config": {"format": "sparse-bitmask"}}],
+    "text_config": [{"quantization_config": QUANTIZERS[0]}, {"attn_implementation": "evil/kernel"}, [], 3],
+    "attn_implementation": ["evil/kernel", "evil/kernel@main:a", "sdpa", "eager", {"": "evil/kernel"}, 3],
+    "_attn_implementation": ["evil/kernel", {"x": "evil/kernel"}],
+    "experts_implementation": ["evil/kernel", "eager"],
+    "transformers_weights": ["other.safetensors", "../other.safetensors", "adapter_model.bin", "", 3],
+    "auto_map": [AUTO, {}, 3],
+    "architectures": [["evil.Model"], ["BertModel"], [], 3],
+    "model_type": ["evil", "bert", 3],
+}
+ADAPTER = {"peft_type": "LORA", "target_modules": ["q_proj"], "base_model_name_or_path": "evil/model", "auto_mapping": {}}
+INDICES = [{"weight_map": {"lm_head.weight": name}} for name in ("../x.safetensors", "other.safetensors", 3)]
+FILES = {  # those that are there already are replaced, weights apart
+    "adapter_config.json": [ADAPTER, {}, "no JSON"],
+    "model.safetensors.index.json": [*INDICES, {}, "no JSON"],
+    "tokenizer_config.json": [{"auto_map": AUTO, "tokenizer_class": "Evil"}, "no JSON"],
+    "generation_config.json": [{"auto_map": AUTO, "max_length": -1}, {"eos_token_id": "x"}],
+    "custom_generate/generate.py": ["raise SystemExit('ran')"],
+    "evil.py": ["raise SystemExit('ran')"],
+    "other.safetensors": ["no tensors"],
+    "pytorch_model.bin": ["no pickle"],
+}
+
+
+def add(folder, draw):
+    """Add up to three settings and files to ``folder``, and return their names."""
+    names = draw(st.lists(st.sampled_from([*KEYS, *FILES]), min_size=1, max_size=3, unique=True))
+    for name in names:
+        value = draw(st.sampled_from(KEYS.get(name) or FILES[name]))
+        if name in KEYS:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        else:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+    return names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_settings_and_files_are_refused_or_change_nothing(checkpoints, kind, tmp_path, monkeypatch):
+    whole, expected = next((path, value) for path, value in checkpoints.items() if path.name == kind)
+    outcomes = {"refused": 0, "read": 0}
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked the user"))
+    fetched = lambda *_, **__: pytest.fail("it fetches a kernel")  # noqa: E731
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetched)
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        derandomize=EXAMPLES == USUAL,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
+    @given(st.data())
+    def one(data):
+        folder = tmp_path / kind
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        names = add(folder, data.draw)
+        outcomes["refused" if check(folder, expected, f"{kind}/{names}") is None else "read"] += 1
+
+    one()
+    print(kind, outcomes)
+    assert min(outcomes.values()) > EXAMPLES // 20
