@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from trisparse.bench.rows import RESULTS, Row, newest, read_rows
+from trisparse.bench.rows import RESULTS, Row, identity, newest, read_rows, told_apart
 from trisparse.bench.runner import OUTSIDE
 from trisparse.env import checkout
 
@@ -21,7 +21,7 @@ class Change:
     """One case and contestant of both.
 
     Attributes:
-        benchmark, case, contestant, device: what it is.
+        benchmark, case, contestant, device: what it is; the case names parameters where they alone tell two apart.
         before, after: median seconds, or seconds for one token where the rows give tokens/s alone.
         ratio: after over before; over 1 is slower.
         spread: the greater of both rows' p90 over min; None where a row has no seconds.
@@ -44,7 +44,7 @@ def find_rows(source: str) -> list[Row]:
 
     Args:
         source: a .jsonl file, a folder of such files (or with ``runs`` in it), the run id of rows, or the commit (at
-            least four digits of it) that rows of this checkout were measured on.
+            least four digits of it) that rows of this checkout were measured on, without changes.
 
     Raises:
         ValueError: there is nothing of that name, or it holds no rows.
@@ -76,7 +76,8 @@ def _recorded() -> list[Path]:
 
 def _is_of(row: Row, name: str) -> bool:
     commit = row.environment.get("commit") or ""
-    return row.run == name or (len(name) >= _SHORTEST_COMMIT and commit.startswith(name))
+    clean = not row.environment.get("dirty")  # a changed checkout is not what the commit names
+    return row.run == name or (clean and len(name) >= _SHORTEST_COMMIT and commit.startswith(name))
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
@@ -85,12 +86,11 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     Raises:
         ValueError: they have nothing in common.
     """
-    known = {_key(row): row for row in before}
+    known = {identity(row): row for row in before}
     changes = []
-    for row in after:
-        old = known.get(_key(row))
-        if old is None:
-            continue
+    after = [row for row in after if identity(row) in known]
+    for row, named in zip(after, told_apart(after), strict=True):
+        old = known[identity(row)]
         was, now = _seconds(old), _seconds(row)
         if was is None or now is None:
             continue
@@ -98,14 +98,11 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
         spreads = [found.seconds["p90"] / found.seconds["min"] for found in (old, row) if found.seconds]
         spread = max(spreads) if len(spreads) == 2 else None
         noise = spread is not None and max(ratio, 1 / ratio) <= spread
-        changes.append(Change(*_key(row), was, now, ratio, spread, noise))
+        place = (named.benchmark, named.case, named.contestant, named.device)
+        changes.append(Change(*place, was, now, ratio, spread, noise))
     if not changes:
-        raise ValueError("the two have no timed case and contestant on the same device in common")
+        raise ValueError("the two have no timed case and contestant with the same parameters and device in common")
     return changes
-
-
-def _key(row: Row) -> tuple[str, str, str, str]:
-    return row.benchmark, row.case, row.contestant, row.device
 
 
 def _seconds(row: Row) -> float | None:

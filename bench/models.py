@@ -18,12 +18,14 @@ def load_causal_lm(model: str | None, dtype: torch.dtype = torch.float32) -> tup
     """
     if model in (None, "smollm2"):
         return load_smollm2(dtype=dtype)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from trisparse.sparsity.checkpoint.tokenizer import load_tokenizer
 
     name: Any = model
     with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return loaded.eval(), AutoTokenizer.from_pretrained(model)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    return loaded.eval(), load_tokenizer(name)
 
 
 def model_label(model: str | None) -> str:

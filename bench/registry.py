@@ -1,6 +1,6 @@
 """The benchmarks by name: a decorated function each, which yields what is to be timed or what it measured itself.
 
-    @benchmark("select", "masks of one weight, against the usual implementations")
+    @benchmark("select", "masks of one weight, against the usual", devices=("cpu", "cuda"), takes=("dtype", "repeats"))
     def select(options: Options) -> Iterator[Case | Measured]: ...
 
 The runner (bench/runner.py) checks, times and records what they yield.
@@ -9,8 +9,9 @@ The runner (bench/runner.py) checks, times and records what they yield.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ _MODULES: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say to every benchmark.
+    """What a user may say; each benchmark names those that it reads.
 
     Attributes:
         quick: small shapes and few repeats, minutes on a CPU.
@@ -54,6 +55,8 @@ class Options:
         repeats: timed calls of each contestant; None is the benchmark's own choice.
         only: run the cases alone whose name contains this.
         scale: how much of a paper its tables run: "tiny", "small" or "paper" (:mod:`trisparse.bench.papers.scale`).
+        out: the folder that the rows go to, if it was named; the runner fills it in, and ``command``.
+        command: that is run, for what a benchmark writes beside its rows.
     """
 
     quick: bool = False
@@ -63,6 +66,8 @@ class Options:
     repeats: int | None = None
     only: str = ""
     scale: str = "small"
+    out: Path | None = None
+    command: str = ""
 
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
@@ -108,6 +113,21 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where and when numbers were measured that a benchmark read from a record.
+
+    Attributes:
+        device: "cpu" or the GPU's name.
+        time: UTC, ISO 8601.
+        environment: of :func:`trisparse.env.environment`, with the commit and the dirty flag of that time.
+    """
+
+    device: str
+    time: str
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Measured:
     """What a benchmark measured by itself, because it takes processes of its own, or states that change.
 
@@ -116,6 +136,7 @@ class Measured:
         seconds: contestant to seconds of each repeat, in the order of the rounds; contestants may be missing.
         metrics: contestant to other numbers: tokens_per_s, perplexity, peak_bytes, model_bytes, published.
         kind: ``"bound"`` where the numbers were counted or computed and not measured.
+        origin: of numbers from a record; None is here and now.
     """
 
     name: str
@@ -124,6 +145,7 @@ class Measured:
     seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
     baseline: str | None = None
     kind: Kind = "measurement"
+    origin: Origin | None = None
 
 
 def equal(result: Any, expected: Any) -> None:
@@ -137,18 +159,42 @@ Run = Callable[[Options], Iterator[Case | Measured]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A registered benchmark: its name, one line of help and the function."""
+    """A registered benchmark.
+
+    Attributes:
+        name: of it.
+        about: one line of help.
+        run: the function.
+        devices: types of those that it can measure; on any other machine it measures the CPU.
+        takes: the options that it reads besides ``quick``, ``only`` and ``device``; another one is an error.
+    """
 
     name: str
     about: str
     run: Run
+    devices: tuple[str, ...] = ("cpu",)
+    takes: tuple[str, ...] = ()
+
+    def check(self, options: Options) -> None:
+        """Refuse what would be ignored.
+
+        Raises:
+            ValueError: an option is not one of its own.
+        """
+        for one in fields(options):
+            if one.name in _OWN and one.name not in self.takes and getattr(options, one.name) != one.default:
+                own = " ".join(f"--{name}" for name in ("quick", "only", *self.takes))
+                raise ValueError(f"benchmark {self.name} does not read --{one.name}; its options are {own}")
 
 
+_OWN = ("dtype", "model", "repeats", "scale")  # not of every benchmark
 _REGISTERED: dict[str, Benchmark] = {}
 
 
-def benchmark(name: str, about: str) -> Callable[[Run], Run]:
-    """Register the decorated function as benchmark ``name``.
+def benchmark(
+    name: str, about: str, *, devices: tuple[str, ...] = ("cpu",), takes: tuple[str, ...] = ()
+) -> Callable[[Run], Run]:
+    """Register the decorated function as benchmark ``name``; the others are of :class:`Benchmark`.
 
     Raises:
         ValueError: the name is taken.
@@ -157,7 +203,7 @@ def benchmark(name: str, about: str) -> Callable[[Run], Run]:
     def register(run: Run) -> Run:
         if name in _REGISTERED:
             raise ValueError(f"benchmark {name!r} is registered twice")
-        _REGISTERED[name] = Benchmark(name, about, run)
+        _REGISTERED[name] = Benchmark(name, about, run, devices, takes)
         return run
 
     return register

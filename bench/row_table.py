@@ -60,7 +60,9 @@ def print_table(table: Table) -> None:
 
 
 def _table(name: str, kind: str, rows: Sequence[Row]) -> Table:
-    title = f"{name} on {rows[0].device}" + (" (bounds, not measured)" if kind == "bound" else "")
+    title = f"{name} on {rows[0].device}"
+    if kind == "bound":  # of a GPU that need not be there
+        title = f"{name} on {rows[0].parameters.get('gpu', rows[0].device)} (bounds, not measured)"
     cells = [_cells(row) for row in rows]
     metrics = dict.fromkeys(key for row in rows for key in row.metrics)
     headings = [key for key in _COLUMNS if any(key in own for own in cells)] + list(metrics)
@@ -86,7 +88,7 @@ def _cells(row: Row) -> dict[str, str]:
     cells = {key: duration(row.seconds[key]) for key in ("min", "median", "p90") if row.seconds}
     for heading, value, shape in (
         ("speed-up", row.speedup, "{:.2f}x"),
-        ("GB/s", row.gb_per_s, "{:.1f}"),
+        ("GB/s", row.gb_per_s, "{:.3g}"),
         ("TFLOP/s", row.tflop_per_s, "{:.3g}"),
         ("tokens/s", row.tokens_per_s, "{:.4g}"),
         ("of roofline", row.roofline_share, "{:.0%}"),

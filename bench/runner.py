@@ -77,11 +77,15 @@ def this_machine(device: torch.device) -> Machine:
     return Machine(device, name, timer, peaks_of(device), environment())
 
 
-def chosen(names: Sequence[str]) -> list[Benchmark]:
+def chosen(names: Sequence[str], device: str | None = None) -> list[Benchmark]:
     """The benchmarks of these names; ``papers/`` or any other name that ends in a slash takes all that begin so.
 
+    Args:
+        names: of them.
+        device: that was asked for by name; None is any.
+
     Raises:
-        ValueError: a name is unknown, or there is none.
+        ValueError: a name is unknown, or there is none, or one of them does not measure that device.
     """
     known = benchmarks()
     found: dict[str, Benchmark] = {}
@@ -92,6 +96,9 @@ def chosen(names: Sequence[str]) -> list[Benchmark]:
         found |= {key: known[key] for key in fitting}
     if not found:
         raise ValueError(f"name at least one benchmark of {', '.join(known)}")
+    for item in found.values():
+        if device is not None and torch.device(device).type in {"cpu", "cuda"} - {*item.devices}:
+            raise ValueError(f"benchmark {item.name} measures {' and '.join(item.devices)}, not {device}")
     return list(found.values())
 
 
@@ -108,7 +115,7 @@ def run(
 
     Args:
         selected: from :func:`chosen`.
-        options: for all of them.
+        options: for all of them; one that does not measure their device is given the CPU.
         command: that is run, for the record.
         out: folder for the rows; None is ``bench/results/runs`` or ``dirty`` of the checkout, ``bench-results`` of
             the working directory where there is no checkout.
@@ -116,21 +123,24 @@ def run(
         listener: told of each case and error.
 
     Raises:
-        ValueError: as :func:`this_machine`.
+        ValueError: as :func:`this_machine`; an option is not one of a benchmark's.
     """
+    for item in selected:
+        item.check(options)
     machine = machine or this_machine(options.device)
     listener = listener or Listener()
     begun = datetime.now(UTC)
     commit = machine.environment.get("commit")
     number = f"{begun:%Y%m%dT%H%M%SZ}" + (f"-{commit[:7]}" if commit else "")
     about = {"run": number, "time": begun.isoformat(timespec="seconds"), "command": command}
+    options = replace(options, out=out, command=command)
     outcome = Outcome()
 
     def error(text: str) -> None:
         outcome.errors.append(text)
         listener.error(text)
 
-    def record(name: str, found: Case | Measured) -> None:
+    def record(name: str, found: Case | Measured, machine: Machine) -> None:
         where = f"{name}: {found.name}"
         if isinstance(found, Case):
             try:
@@ -142,21 +152,30 @@ def run(
                 return
         else:
             timed = found
-        rows = [] if timed is None else rows_of(name, timed, _now(machine, found), about)
+        if timed is not None:
+            timed = replace(timed, parameters={**timed.parameters, "quick": options.quick})
+        now = _now(machine, found)
+        origin = found.origin if isinstance(found, Measured) else None
+        rows = [] if timed is None else rows_of(name, timed, now, about | ({"time": origin.time} if origin else {}))
         if rows:
-            file = _file(name, out, machine)
+            file = _file(name, out, now)
             append_rows(rows, file)
             outcome.rows += rows
             outcome.files += [file] if file not in outcome.files else []
         listener.case(name, found.name, rows)
 
+    any_case = False
     for item in selected:
+        here = machine if machine.device.type in item.devices else this_machine(torch.device("cpu"))
         try:
-            for found in item.run(options):
-                if options.only in found.name:
-                    record(item.name, found)
+            for found in item.run(replace(options, device=here.device)):
+                if options.wants(found.name):
+                    any_case = True
+                    record(item.name, found, here)
         except Exception as problem:
             error(f"{item.name}: {_said(problem)}")
+    if options.only and not any_case and not outcome.errors:
+        error(f"no case of {', '.join(item.name for item in selected)} has {options.only!r} in its name")
     return outcome
 
 
@@ -240,7 +259,12 @@ def rows_of(benchmark: str, found: Measured, machine: Machine, about: Mapping[st
 
 
 def _now(machine: Machine, found: Case | Measured) -> Machine:
-    """The machine with what is known of it right after ``found`` was measured: its clocks, and the peaks that count."""
+    """The machine with what is known of it right after ``found`` was measured: its clocks, and the peaks that count.
+
+    Of numbers from a record it is the machine of that.
+    """
+    if isinstance(found, Measured) and found.origin is not None:
+        return replace(machine, name=found.origin.device, environment=found.origin.environment)
     more: dict[str, Any] = {}
     if (now := clocks(machine.device)) is not None:
         more["clocks"] = now

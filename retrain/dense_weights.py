@@ -92,12 +92,12 @@ class DenseWeights:
 def _files_of(folder: Path) -> dict[str, Path]:
     """The file of each tensor in a checkpoint folder."""
     try:
+        if (folder / _FILE).is_file():  # first, as transformers has it: an index may be of an earlier save
+            with safe_open(folder / _FILE, framework="pt") as file:
+                return dict.fromkeys(file.keys(), folder / _FILE)
         if (folder / _INDEX).is_file():
             listed = json.loads((folder / _INDEX).read_text())["weight_map"]
             return {key: folder / file for key, file in listed.items()}
-        if (folder / _FILE).is_file():
-            with safe_open(folder / _FILE, framework="pt") as file:
-                return dict.fromkeys(file.keys(), folder / _FILE)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"dense: the weights in {folder} cannot be read: {error}") from error
     raise ValueError(f"dense: {folder} has neither {_FILE} nor {_INDEX}")

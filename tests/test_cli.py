@@ -208,7 +208,7 @@ def test_bench_tune_measures_shapes_and_models(pruned, tmp_path, monkeypatch):
         (["prune", "DENSE", "--out", "NEW", "--dtype", "fp8"], "dtype must be one of auto, fp32, bf16, got 'fp8'"),
         (["retrain", "DENSE", "--data", "TEXT", "--out", "NEW"], "not a trisparse checkpoint"),
         (["retrain", "PRUNED", "--data", "TEXT", "--out", "NEW", "--groups", "lora,heads"], "groups must be"),
-        (["inspect", "DENSE"], "not a trisparse checkpoint"),
+        (["inspect", "NEW"], "not a trisparse checkpoint"),
         (["eval", "DENSE", "--data", "TEXT", "--seq-len", "65"], "seq_len must be at most 64"),
     ],
 )

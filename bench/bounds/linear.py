@@ -44,6 +44,11 @@ def half(format: str, n: int, m: int, rows: int, cols: int) -> CompressedWeight:
     return compress(weight, pack_bits(mask), format, n, m)
 
 
+def dense_bytes(rows: int, cols: int, tokens: int, rank: int) -> int:
+    """Of a dense W, x and y, and of A and B, in bf16."""
+    return 2 * (rows * cols + tokens * (rows + cols) + rank * (rows + cols))
+
+
 def bound(weight: CompressedWeight, tokens: int, rank: int = 0, ctas: int | None = None) -> dict[str, Any]:
     """The counts of one forward product, with an adapter of this rank, 0 for none.
 
@@ -69,7 +74,7 @@ def bound(weight: CompressedWeight, tokens: int, rank: int = 0, ctas: int | None
         if name == "product_kernel":
             binding = estimate.binding.resource
     io = 2 * tokens * (rows + cols)
-    dense_us = (2 * rows * cols + io + 2 * rank * (rows + cols)) / DRAM_BYTES_PER_US
+    dense_us = dense_bytes(rows, cols, tokens, rank) / DRAM_BYTES_PER_US
     statics = [profile.static for _, profile in emulator.profiles]
     return {
         "launches": [name for name, _ in emulator.profiles],
@@ -105,7 +110,14 @@ def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
-    metrics = {"dense": {"bound_us": row["bound_us"] / row["of_dense"]}, "compressed": figures(row)}
+    rows, cols, tokens, rank = (row[name] for name in ("rows", "cols", "tokens", "rank"))
+    flops = 2 * rows * cols * tokens
+    dense = {
+        "bound_us": row["bound_us"] / row["of_dense"],
+        "flops": flops,
+        "bytes": dense_bytes(rows, cols, tokens, rank),
+    }
+    metrics = {"dense": dense, "compressed": figures({**row, "flops": flops}, bytes="moved_bytes")}
     about = {name: row[name] for name in ("format", "rows", "cols", "tokens", "rank", "binding")}
     yield bounded(_names(row)[0], about, metrics, "dense")
 

@@ -46,6 +46,11 @@ def product(rows: int, cols: int, tokens: int, rank: int = 0, device: str = "cpu
     return partial(linear24, zeros(tokens, cols), zeros(rows // 16, cols // 32, 32, 8), meta, lora=lora)
 
 
+def dense_bytes(rows: int, cols: int, tokens: int) -> int:
+    """Of a dense W, x and y in bf16."""
+    return 2 * (rows * cols + tokens * (rows + cols))
+
+
 def bound(rows: int, cols: int, tokens: int, rank: int = 0, sampled: int = 4) -> dict[str, Any]:
     """The counts of one product, of which ``sampled`` CTAs are emulated; no count depends on the values."""
     emulator = Emulator(options={"ctas": sampled})
@@ -54,10 +59,9 @@ def bound(rows: int, cols: int, tokens: int, rank: int = 0, sampled: int = 4) ->
     profiles = [profile for _, profile in emulator.profiles]
     estimates = [ptxsim().estimate(profile, "A100-SXM-80GB") for profile in profiles]
     main, profile = estimates[0], profiles[0]
-    dense_bytes = 2 * (rows * cols + tokens * (rows + cols))
     compressed = rows * cols * 9 // 8 + 2 * tokens * (rows + cols)
     moved = sum(p.compulsory_dram_bytes for p in profiles)
-    dense = max(2 * rows * cols * tokens / FLOPS_PER_US, dense_bytes / DRAM_BYTES_PER_US)
+    dense = max(2 * rows * cols * tokens / FLOPS_PER_US, dense_bytes(rows, cols, tokens) / DRAM_BYTES_PER_US)
     microseconds = sum(e.microseconds for e in estimates)
     busiest = -(-profile.num_ctas // _SMS) / profile.num_ctas
     loads = profile.global_load_sectors - profile.shared_bytes["cp.async"] / 32  # sectors that end in registers
@@ -99,9 +103,12 @@ def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
-    own = figures(row, bytes_over_compulsory="dram_over_compressed")
+    rows, cols, tokens = row["rows"], row["cols"], row["tokens"]
+    flops = 2 * rows * cols * tokens
+    own = figures({**row, "flops": flops}, bytes="dram_bytes", bytes_over_compulsory="dram_over_compressed")
+    dense = {"bound_us": row["dense_us"], "flops": flops, "bytes": dense_bytes(rows, cols, tokens)}
     about = {name: row[name] for name in ("rows", "cols", "tokens", "rank", "binding")}
-    yield bounded(_names(row)[0], about, {"dense": {"bound_us": row["dense_us"]}, "mma.sp": own}, "dense")
+    yield bounded(_names(row)[0], about, {"dense": dense, "mma.sp": own}, "dense")
 
 
 STUDY = Study(

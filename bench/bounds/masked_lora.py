@@ -98,7 +98,8 @@ def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
     about = {"rows": row["out"], "cols": row["in"], "tokens": row["tokens"], "rank": row["rank"]}
     for name, part in zip(_names(row), _PARTS, strict=True):
         times = {f"{resource.lower()}_us": us for resource, us in row[part]["resources_us"].items()}
-        own = figures({**times, **row[part]}, bytes_over_compulsory="over_compulsory")
+        flops = 2 * row["out"] * row["in"] * row["tokens"]  # of each part: x W^T, dy W, dy^T x
+        own = figures({**times, **row[part], "flops": flops}, bytes_over_compulsory="over_compulsory")
         yield bounded(name, {**about, "part": part, "binding": row[part]["binding"]}, {f"{row['variant']}_lora": own})
 
 

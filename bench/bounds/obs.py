@@ -72,7 +72,9 @@ def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
-    own = figures(row, bound_us="dram_us")
+    # Column j is subtracted from those behind it in the block, each element with one product.
+    flops = row["rows"] * MAX_BLOCK * (MAX_BLOCK - 1)
+    own = figures({**row, "flops": flops}, bound_us="dram_us", bytes="compulsory_bytes")
     about = {"rows": row["rows"], "cols": MAX_BLOCK, "n": row["n"], "m": row["m"], "by_columns": row["by_columns"]}
     yield bounded(_names(row)[0], {**about, "binding": "DRAM"}, {"obs_block": own})
 

@@ -16,7 +16,8 @@ from trisparse.bench.registry import Measured
 
 GPU = "A100-SXM-80GB"
 SHOWN = (
-    "bound_us", "dram_us", "tensor_us", "shared_us", "issue_us", "bytes_over_compulsory", "registers", "spill_bytes",
+    "bound_us", "flops", "bytes", "dram_us", "tensor_us", "shared_us", "issue_us", "bytes_over_compulsory", "registers",
+    "spill_bytes",
 )  # fmt: skip
 RESULTS = Path(__file__).resolve().parents[1] / "results"  # in a checkout; an installed package has none
 
@@ -78,7 +79,8 @@ class Study:
 def figures(row: Mapping[str, Any], **renamed: str) -> dict[str, float]:
     """What a row of ``roofline`` shows of a case's counts, of those that it has; the record holds all.
 
-    ``renamed`` says under which name the case has a figure, where that is another one.
+    ``renamed`` says under which name the case has a figure, where that is another one. ``bytes`` are those of DRAM, and
+    ``flops`` the operations of the dense product, or of the update: what the report's roofline shows.
     """
     found = {name: row.get(renamed.get(name, name)) for name in SHOWN}
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -101,6 +101,11 @@ def _select_nm(weight: Tensor, x: Tensor, *, n: int, m: int, apply: bool, **by: 
     return select_nm(weight, n, m, x=x, out="packed", apply=apply, **by)
 
 
+def compulsory_bytes(case: Case, rows: int, cols: int) -> float:
+    """What a selection on a bf16 weight [rows, cols] has to read and write."""
+    return rows * cols * (case.read + case.written) + (4 * cols if case.reads_x else 0)
+
+
 def bound(case: Case, rows: int, cols: int) -> dict[str, Any]:
     """The counts of a case on a bf16 weight [rows, cols], scaled from a few rows."""
     generator = torch.Generator().manual_seed(0)
@@ -111,9 +116,9 @@ def bound(case: Case, rows: int, cols: int) -> dict[str, Any]:
         case.run(weight, x)
     profiles = [profile for _, profile in emulator.profiles]
     scale = rows / case.emulated
-    x_bytes = 4 * cols if case.reads_x else 0
+    x_bytes = 4 * cols if case.reads_x else 0  # once, whatever the rows
     moved = sum(p.unique_read_sector_bytes + p.unique_write_sector_bytes - x_bytes for p in profiles)
-    compulsory = rows * cols * (case.read + case.written) + x_bytes
+    compulsory = compulsory_bytes(case, rows, cols)
     issued = scale * sum(sum(n for kind, n in p.insts.items() if kind not in _FREE) for p in profiles)
     ideal = sum(p.ideal_wavefronts for p in profiles)
     dram_us, issue_us = compulsory / DRAM_BYTES_PER_US, issued / SLOTS_PER_US
@@ -143,7 +148,8 @@ def _names(case: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(row: Mapping[str, Any]) -> Iterator[Measured]:
-    own = figures(row, bound_us="dram_us", bytes_over_compulsory="dram_over_compulsory")
+    moved = compulsory_bytes(cases()[row["case"]], row["rows"], row["cols"])
+    own = figures({**row, "bytes": moved}, bound_us="dram_us", bytes_over_compulsory="dram_over_compulsory")
     about = {"rows": row["rows"], "cols": row["cols"], "selection": row["case"], "binding": "DRAM"}
     yield bounded(_names(row)[0], about, {" + ".join(row["launches"]): own})
 

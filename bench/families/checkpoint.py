@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 _PATTERNS = ("2:4", "50%")
 
 
-@benchmark("checkpoint", "bytes on disk and seconds to load of pruned SmolLM2, against dense")
+@benchmark(
+    "checkpoint",
+    "bytes on disk and seconds to load of pruned SmolLM2, against dense",
+    takes=("dtype", "model", "repeats"),
+)
 def checkpoint(options: Options) -> Iterator[Measured]:
     """Rows of the 2:4 and the 50% unstructured checkpoint, each against the dense one."""
     from transformers import AutoModelForCausalLM

@@ -258,7 +258,12 @@ def case_name(direction: str, shape: tuple[int, int], pattern: str, tokens: int,
     return f"{direction} {shape[0]}x{shape[1]} {pattern}, {tokens} tokens{adapter}, {dtype}"
 
 
-@benchmark("linear", "dense against compressed linear layers: 1 to 8192 tokens, with and without LoRA, training too")
+@benchmark(
+    "linear",
+    "dense against compressed linear layers: 1 to 8192 tokens, with and without LoRA, training too",
+    devices=("cpu", "cuda"),
+    takes=("dtype", "model", "repeats"),
+)
 def linear(options: Options) -> Iterator[Case]:
     """All shapes of the models above; ``--quick`` those of small ones, ``--model`` those of its layers."""
     table = QUICK_MODELS if options.quick else MODELS

@@ -73,7 +73,12 @@ QUICK_CASES = (
 )
 
 
-@benchmark("prune", "seconds, peak memory and perplexity of each pruning method against the usual implementations")
+@benchmark(
+    "prune",
+    "seconds, peak memory and perplexity of each pruning method against the usual implementations",
+    devices=("cpu", "cuda"),
+    takes=("dtype", "model", "repeats"),
+)
 def prune(options: Options) -> Iterator[Case | Measured]:
     """Each method on SmolLM2-135M or ``--model``, a Llama-like one; 32 x 512 tokens, quick 8 x 256.
 

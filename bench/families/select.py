@@ -39,7 +39,12 @@ _PARTS = 4  # tensors of a global selection, as of a model's layers
 Call = Callable[[], Any]
 
 
-@benchmark("select", "masks of one weight (row, n:m, layer, global; |W|, |W| * X, a metric with G) against PyTorch")
+@benchmark(
+    "select",
+    "masks of one weight (row, n:m, layer, global; |W|, |W| * X, a metric with G) against PyTorch",
+    devices=("cpu", "cuda"),
+    takes=("dtype", "repeats"),
+)
 def select(options: Options) -> Iterator[Case | Measured]:
     """Every selection on every shape; contestants are "usual" (the baseline), "torch.compile" and "trisparse".
 

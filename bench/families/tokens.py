@@ -13,7 +13,8 @@ dense model, and "PERP, compressed". All take their turn in every round, unless 
 then ``interleaved`` is false.
 
 Before anything is timed, the logits of every contestant (of each step in decoding, with the tokens that it chose) are
-compared with the masked dense model's in a wider dtype: `decoding.Gate`. A wrong one raises.
+compared with the masked dense model's in a wider dtype: `decoding.Gate`. A wrong one, and one that the device has no
+memory for, is left out; what went wrong is raised at the end, after all other rows.
 
 ``peak_bytes`` is the model's bytes and the most that torch allocates beyond them in a call: by CUDA's own count
 (``max_memory_allocated``), on a CPU by torch's profiler. ``model_bytes`` are parameters, buffers and every copy held.
@@ -26,9 +27,10 @@ import copy
 import gc
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,32 +87,43 @@ GPU = Sizes(
 )
 
 
-@benchmark("tokens", "tokens/s, peak memory and bytes of a whole model: prefill, decode, training")
+@benchmark(
+    "tokens",
+    "tokens/s, peak memory and bytes of a whole model: prefill, decode, training",
+    devices=("cpu", "cuda"),
+    takes=("dtype", "model", "repeats"),
+)
 def tokens(options: Options) -> Iterator[Measured]:
-    """SmolLM2 on a CPU, random weights of Llama-2-7B's shape on a GPU, or ``--model``."""
+    """SmolLM2 on a CPU, random weights of Llama-2-7B's shape on a GPU, or ``--model``.
+
+    Raises:
+        RuntimeError: contestants are wrong or raised; at the end, after all others.
+    """
     device = options.device
     dtype = options.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     sizes = QUICK if options.quick else GPU if device.type == "cuda" else CPU
     title, model = _model(options, dtype)
+    problems: list[str] = []
     for pattern in sizes.patterns:
-        wanted = [name for name in _names(sizes, pattern) if options.only in name]
+        wanted = [name for name in _names(sizes, pattern) if options.wants(name)]
         if not wanted:
             continue
         about = {"model": title, "pattern": pattern, "dtype": str(dtype).removeprefix("torch.")}
         about["memory"] = "max_memory_allocated" if device.type == "cuda" else "torch.profiler"
         family = Family(model, pattern, about, options.repeats or sizes.repeats)
-        if any(not name.startswith("training") for name in wanted):
-            forms = family.forms()
-            for batch, length in sizes.prefill:
-                if f"prefill {batch}x{length}, {pattern}" in wanted:
-                    yield family.prefill(forms, batch, length)
-            for batch, prompt, new in sizes.decode:
-                if f"decode {batch}x{new}, {pattern}" in wanted:
-                    yield family.decode(forms, batch, prompt, new)
-            del forms
-        for batch, length in sizes.training:
-            if f"training {batch}x{length}, {pattern}" in wanted:
-                yield family.training(batch, length)
+        for name, measure in family.phases(sizes, wanted):
+            if name not in wanted:
+                continue
+            try:
+                row = measure()
+            except Exception as problem:  # of the reference, or of a contestant while it was timed
+                problems.append(f"{name}: {problem}")
+            else:
+                if row.seconds:
+                    yield row
+        problems += family.problems
+    if problems:
+        raise RuntimeError("; ".join(problems))
 
 
 def _names(sizes: Sizes, pattern: str) -> Iterator[str]:
@@ -141,6 +154,9 @@ class Family:
         pattern: as text.
         about: parameters of every row.
         repeats: rounds.
+
+    Attributes:
+        problems: a line for each contestant that was left out because it is wrong or raised.
     """
 
     def __init__(self, model: Any, pattern: str, about: Mapping[str, Any], repeats: int) -> None:
@@ -148,6 +164,29 @@ class Family:
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.masked = pruned(model, pattern)
+        self.problems: list[str] = []
+
+    def phases(self, sizes: Sizes, wanted: Collection[str]) -> Iterator[tuple[str, Callable[[], Measured]]]:
+        """What measures each row, by its name; nothing is compressed unless a row ``wanted`` needs it."""
+        if any(not name.startswith("training") for name in wanted):
+            forms = self.forms()
+            for batch, length in sizes.prefill:
+                yield f"prefill {batch}x{length}, {self.pattern}", partial(self.prefill, forms, batch, length)
+            for batch, prompt, new in sizes.decode:
+                yield f"decode {batch}x{new}, {self.pattern}", partial(self.decode, forms, batch, prompt, new)
+            del forms
+        for batch, length in sizes.training:
+            yield f"training {batch}x{length}, {self.pattern}", partial(self.training, batch, length)
+
+    @contextmanager
+    def _may_fail(self, case: str, contestant: str) -> Iterator[None]:
+        """Note that the contestant has no room, or add what went wrong to the problems; the others go on."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            _left_out(case, contestant)
+        except Exception as problem:
+            self.problems.append(f"{case}: {contestant}: {problem}")
 
     def forms(self) -> dict[str, Any]:
         """The contestants of prefill and decode."""
@@ -170,7 +209,7 @@ class Family:
         return torch.randint(0, vocabulary, (batch, length), generator=generator).to(self.device)
 
     def prefill(self, forms: Mapping[str, Any], batch: int, length: int) -> Measured:
-        """The row of prefill."""
+        """The row of prefill; a contestant that is wrong or does not fit the device is left out."""
         ids = self.ids(batch, length)
 
         def forward(model: Any) -> Tensor:
@@ -180,22 +219,26 @@ class Family:
 
         runs, metrics = {}, {}
         gate = Gate(self.masked)
+        title = f"prefill {batch}x{length}, {self.pattern}"
         for name, model in forms.items():
-            if name != "dense":
-                gate.logits(name, ids, forward(model))
-            runs[name] = _call(forward, model)
-            metrics[name] = self._memory(model, runs[name])
+            with self._may_fail(title, name):
+                if name != "dense":
+                    gate.logits(name, ids, forward(model))
+                call = _call(forward, model)
+                metrics[name] = self._memory(model, call)
+                runs[name] = call
+            _free()
         seconds = interleave(runs, self.repeats, timer_for(self.device))
         parameters = {"phase": "prefill", "batch": batch, "tokens": batch * length, "interleaved": True}
-        name = f"prefill {batch}x{length}, {self.pattern}"
-        return self._measured(name, parameters, "dense", batch * length, seconds, metrics)
+        return self._measured(title, parameters, "dense", batch * length, seconds, metrics)
 
     def decode(self, forms: Mapping[str, Any], batch: int, prompt: int, new: int) -> Measured:
-        """The row of decoding; a contestant whose caches do not fit the device is left out, with a note."""
+        """The row of decoding; a contestant that is wrong or whose caches do not fit the device is left out."""
         ids = self.ids(batch, prompt)
         runs: dict[str, Callable[[], Any]] = {}
         metrics: dict[str, dict[str, float]] = {}
         gate = Gate(self.masked)
+        title = f"decode {batch}x{new}, {self.pattern}"
         chosen: Tensor | None = None  # tokens of the masked dense model
         for name in ("masked dense", *(name for name in forms if name != "masked dense")):
             made: list[Decoder] = []
@@ -204,25 +247,23 @@ class Family:
                 made.append(Decoder(model, ids, new))
                 made[0](2)  # every step needs the same memory
 
-            try:
+            with self._may_fail(title, name):
                 metrics[name] = self._memory(forms[name], build)
                 if name != "dense":
                     fed = gate.decoding(name, made[0])
-                    chosen = fed if chosen is None else chosen
-                    metrics[name]["same_tokens"] = float(torch.equal(fed, chosen))
+                    chosen = fed if name == "masked dense" else chosen
+                    if chosen is not None:
+                        metrics[name]["same_tokens"] = float(torch.equal(fed, chosen))
                 runs[name] = made[0]
-            except torch.OutOfMemoryError:
-                _left_out(f"decode {batch}x{new}, {self.pattern}", name)
             made.clear()
             _free()
         runs = {name: runs[name] for name in forms if name in runs}
         seconds = interleave(runs, self.repeats, timer_for(self.device))
         parameters = {"phase": "decode", "batch": batch, "prompt": prompt, "tokens": batch * new, "interleaved": True}
-        name = f"decode {batch}x{new}, {self.pattern}"
-        return self._measured(name, parameters, "dense", batch * new, seconds, metrics)
+        return self._measured(title, parameters, "dense", batch * new, seconds, metrics)
 
     def training(self, batch: int, length: int) -> Measured:
-        """The row of training, each contestant on a copy of its own; what has no room is left out, with a note."""
+        """The row of training, each contestant on a copy of its own; what is wrong or has no room is left out."""
         windows = self.ids(batch, length)
         dtype = None if self.dtype == torch.float32 else self.dtype
         title = f"training {batch}x{length}, {self.pattern}"
@@ -230,29 +271,27 @@ class Family:
         metrics: dict[str, dict[str, float]] = {}
         seconds: dict[str, list[float]] = {}
         timer = timer_for(self.device)
+        right: list[str] = []
         together = self._room_for_training()
         gate = Gate(self.masked)
         for name, (kind, packed) in TRAINING.items():
             own = self.compressed("memory") if packed else copy.deepcopy(self.masked)
-            if kind != "full":  # which is the masked dense model itself
-                self._gate_training(gate, name, kind, copy.deepcopy(own), windows, dtype)
 
             def train(name: str = name, kind: str = kind, own: Any = own) -> None:
                 steps[name] = step_of(kind, own, checkpointing=self.device.type == "cuda", dtype=dtype)
                 for _ in range(2):  # the optimizer's state is there in the second one
                     steps[name](windows)
 
-            try:
+            with self._may_fail(title, name):
+                if kind != "full":  # which is the masked dense model itself
+                    self._gate_training(gate, name, kind, copy.deepcopy(own), windows, dtype)
                 with self._alone(together):
                     metrics[name] = self._memory(own, train)
-                    if not together:
-                        seconds |= interleave({name: _call(steps[name], windows)}, self.repeats, timer)
-            except torch.OutOfMemoryError:
-                _left_out(title, name)
-                steps.pop(name, None)
-            if name in steps:
+                    taken = {} if together else interleave({name: _call(steps[name], windows)}, self.repeats, timer)
                 check_masks(steps[name].module)
-            if not together:
+                seconds |= taken
+                right.append(name)
+            if not together or name not in right:
                 steps.pop(name, None)
             del own, train
             _free()

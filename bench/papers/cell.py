@@ -15,7 +15,21 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from trisparse.env import cpu_model
+
 Value = TypeVar("Value")
+
+
+def device_name(device: torch.device) -> str:
+    """What rows call it: "cpu", or the GPU's name."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def machine_name(device: torch.device) -> str:
+    """What seconds depend on: the GPU's name, or the CPU's model and how many threads torch uses."""
+    if device.type != "cpu":
+        return device_name(device)
+    return f"{cpu_model()}, {torch.get_num_threads()} threads"
 
 
 class Session:

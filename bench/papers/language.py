@@ -191,14 +191,17 @@ class LanguageCell(Cell):
 
 def load_dense(name: str, device: torch.device) -> tuple[Any, Any]:
     """A causal language model in eval mode and its tokenizer: ``smollm2``, a folder or a Hugging Face id."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from trisparse.sparsity.checkpoint.tokenizer import load_tokenizer
 
     if name == "smollm2":
         model, tokenizer = load_smollm2()
         return model.to(device), tokenizer  # type: ignore[arg-type]
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval().to(device), tokenizer
+        tokenizer = load_tokenizer(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False)
+        return model.eval().to(device), tokenizer
 
 
 def dense_model(name: str, session: Session) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import torch
 from trisparse.bench.models import model_label
 from trisparse.bench.papers.language import LanguageCell, Pruning, Retraining, Texts
 from trisparse.bench.papers.scale import Scale
-from trisparse.bench.papers.table import Entry, Layout, Place, entry, published_paper
+from trisparse.bench.papers.table import Entry, Layout, Place, entry, paper_name, published_paper
 from trisparse.bench.smollm2 import smollm2_path
 from trisparse.retrain.groups import PRESETS, parameter_groups
 from trisparse.sparsity.progress import quiet_transformers
@@ -27,7 +27,7 @@ TRAINABLE = "% trainable"
 
 def has_biases(model: str) -> bool:
     """Whether ``model`` has biases outside its norms: OPT has, Llama-like models have not. Loads no weights."""
-    if model.startswith(("facebook/opt-", "meta-llama/Llama-2-", "mistralai/")):
+    if paper_name(model).startswith(("facebook/opt-", "meta-llama/Llama-2-", "mistralai/")):
         return model.startswith("facebook/opt-")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -69,8 +69,8 @@ def dense(scale: Scale, model: str, metric: str = PERPLEXITY, factor: float = 1.
 def shown(table: str, model: str, entries: dict[Place, Entry], **options: Any) -> Layout:
     """The layout of ``entries``; of one of the paper's models only those that the paper has."""
     models = published_paper("perp")["tables"][table]["models"]
-    if model in models:
-        rows = models[model]["rows"]
+    if (named := paper_name(model)) in models:
+        rows = models[named]["rows"]
         entries = {(row, column): one for (row, column), one in entries.items() if column in rows.get(row, ())}
     return Layout(entries, **options)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from trisparse.bench.papers.language import LanguageCell, Pruning, Retraining, Texts
 from trisparse.bench.papers.scale import Scale
-from trisparse.bench.papers.table import Entry, Layout, Place, entry, published_paper
+from trisparse.bench.papers.table import Entry, Layout, Place, entry, paper_name, published_paper
 
 LLAMA_7B, LLAMA_13B, LLAMA_30B, LLAMA_65B = (f"huggyllama/llama-{size}" for size in ("7b", "13b", "30b", "65b"))
 LLAMA2_7B, LLAMA2_13B, LLAMA2_70B = (f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b"))
@@ -44,8 +44,8 @@ def dense(scale: Scale, model: str) -> Entry:
 def shown(table: str, model: str, entries: dict[Place, Entry], /, **options: Any) -> Layout:
     """The layout of ``entries``; of one of the paper's models only those that the paper has."""
     models = published_paper("pruner-zero")["tables"].get(table, {"models": {}})["models"]
-    if model in models:
-        rows = models[model]["rows"]
+    if (named := paper_name(model)) in models:
+        rows = models[named]["rows"]
         entries = {(row, column): one for (row, column), one in entries.items() if column in rows.get(row, ())}
     return Layout(entries, **options)
 

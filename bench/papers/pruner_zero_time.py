@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trisparse.bench.papers.cell import Cell, Session
+from trisparse.bench.papers.cell import Cell, Session, machine_name
 from trisparse.bench.papers.language import Pruning, Texts, dense_model, evaluate
 from trisparse.bench.papers.pruner_zero_models import LLAMA_7B, METHODS, PERPLEXITY, pruned, texts
 from trisparse.bench.papers.scale import Scale
@@ -25,6 +25,9 @@ class PruningTimeCell(Cell):
     """``seconds`` of pruning alone, the median of ``repeats``, and the ``perplexity`` after it.
 
     Reading the data, the gradients and the evaluation are not counted, as in the paper (E.5).
+
+    Attributes:
+        machine: where, of :func:`trisparse.bench.papers.cell.machine_name`: seconds are of no other.
     """
 
     kind: ClassVar[str] = "pruning-time"
@@ -33,9 +36,16 @@ class PruningTimeCell(Cell):
     texts: Texts
     pruning: Pruning
     repeats: int
+    machine: str
 
     def measure(self, wanted: frozenset[str], session: Session) -> dict[str, float]:
-        """Prune the dense model ``repeats`` times."""
+        """Prune the dense model ``repeats`` times.
+
+        Raises:
+            ValueError: the session is on another machine than the cell's.
+        """
+        if (here := machine_name(session.device)) != self.machine:
+            raise ValueError(f"the cell is of {self.machine or 'no machine'}, the session of {here}")
         how = self.pruning
         seconds = []
         model, tokenizer = dense_model(self.model, session)
@@ -81,7 +91,8 @@ def table_23(model: str, scale: Scale) -> Layout:
     repeats = scale.choose(tiny=1, small=3, paper=1)
     entries: dict[Place, Entry] = {}
     for name, method in METHODS.items():
-        one = PruningTimeCell(model, texts(scale, model, method), Pruning.of(scale, method, "50%"), repeats)
+        pruning = Pruning.of(scale, method, "50%")
+        one = PruningTimeCell(model, texts(scale, model, method), pruning, repeats, scale.machine)
         entries |= {(name, "seconds"): entry(one, metric="seconds"), (name, PERPLEXITY): entry(one)}
     times = f"Seconds are the median of {repeats} runs" if repeats > 1 else "Seconds are of one run"
     notes = (f"{times}; the machine and the model are others than the paper's: what can be compared is the order.",)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trisparse.bench.models import model_label
-from trisparse.bench.papers.cell import Cell, Session
+from trisparse.bench.papers.cell import Cell, Session, device_name, machine_name
 from trisparse.bench.papers.scale import Scale
 from trisparse.bench.papers.store import CellStore, Record
 from trisparse.bench.papers.table import Layout, PaperTable, Place, Published
 from trisparse.bench.rows import RESULTS
+from trisparse.bench.runner import OUTSIDE
+from trisparse.env import checkout, environment
 
 # Called before each cell with how many are done, how many there are, and the cell.
 Progress = Callable[[int, int, Cell], None]
@@ -30,6 +32,7 @@ class Comparison:
         dense: of the model before pruning.
         published: the paper's, or None for a figure.
         records: of every cell that the numbers come from.
+        fresh: how many of them were measured for it, and not read.
     """
 
     table: PaperTable
@@ -41,6 +44,7 @@ class Comparison:
     dense: float | None
     published: Published | None
     records: dict[str, Record]
+    fresh: int = 0
 
     def theirs(self, place: Place) -> float | None:
         """The paper's number there, or None."""
@@ -73,10 +77,17 @@ class Comparison:
 
 
 def papers_folder(out: Path | None = None) -> Path:
-    """Where tables and cells go: ``out``, bench/results/papers in a checkout, or ./bench-results/papers."""
+    """Where tables and cells go.
+
+    That is ``out``, or bench/results/papers of the checkout, or of one with changed files bench/results/dirty/papers,
+    which git ignores; ./bench-results/papers where there is no checkout.
+    """
     if out is not None:
         return out
-    return RESULTS / "papers" if RESULTS.is_dir() else Path("bench-results") / "papers"
+    root = checkout()
+    if root is None:
+        return OUTSIDE / "papers"
+    return root / RESULTS / ("dirty/papers" if environment()["dirty"] else "papers")
 
 
 def cells_file(folder: Path, paper: str) -> Path:
@@ -105,6 +116,7 @@ def run_tables(
         again: measure every cell anew, once.
         progress: called before each cell.
     """
+    scale = replace(scale, machine=machine_name(session.device))
     layouts = [table.layout(model, scale) for table in tables]
     wanted: dict[str, set[str]] = {}
     for layout in layouts:
@@ -128,9 +140,9 @@ def run_tables(
             metrics = cell.measure(names, session)
             if lacking := wanted[cell.key] - metrics.keys():
                 raise ValueError(f"a cell of {table.name} has no {', '.join(sorted(lacking))}: {cell.spec}")
-            store.add(cell, metrics, time.perf_counter() - start)
+            store.add(cell, metrics, time.perf_counter() - start, device_name(session.device))
             fresh.add(cell.key)
-        yield compare(table, layout, model, scale, store)
+        yield replace(compare(table, layout, model, scale, store), fresh=len(missing))
 
 
 def compare(table: PaperTable, layout: Layout, model: str, scale: Scale, store: CellStore) -> Comparison:
@@ -152,4 +164,4 @@ def compare(table: PaperTable, layout: Layout, model: str, scale: Scale, store: 
 
 def settings(scale: Scale) -> dict[str, Any]:
     """What ``scale`` says of texts and steps, for the head of a table."""
-    return {name: value for name, value in vars(scale).items() if name not in ("keep_copies", "models")}
+    return {name: value for name, value in vars(scale).items() if name not in ("keep_copies", "machine", "models")}

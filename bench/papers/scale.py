@@ -30,6 +30,7 @@ class Scale:
         checkpointing: gradient checkpointing.
         keep_copies: see :class:`trisparse.bench.papers.cell.Session`.
         images: of the vision figures: "digits", or a folder of ImageNet (train/CLASS/*, test/CLASS/*).
+        machine: of what takes seconds, see :func:`trisparse.bench.papers.cell.machine_name`; a run fills it in.
         models: whether tables run on each of the paper's models when none is named; else on SmolLM2 alone.
     """
 
@@ -51,6 +52,7 @@ class Scale:
     checkpointing: bool = False
     keep_copies: bool = True
     images: str = "digits"
+    machine: str = ""
     models: bool = False
 
     def rate(self, groups: str | Sequence[str]) -> float | Literal["grid"]:

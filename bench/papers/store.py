@@ -29,6 +29,7 @@ class Record:
         seconds: wall time of it all.
         time: when it ended, UTC, ISO 8601.
         environment: :func:`trisparse.env.environment`, with commit and dirty flag.
+        device: "cpu" or the GPU's name; lines that do not say are from before there were others than CPUs.
     """
 
     spec: dict[str, Any]
@@ -36,6 +37,7 @@ class Record:
     seconds: float
     time: str
     environment: dict[str, Any]
+    device: str = "cpu"
 
 
 class CellStore:
@@ -63,7 +65,7 @@ class CellStore:
         record = self.record(cell)
         return {} if record is None else record.metrics
 
-    def add(self, cell: Cell, metrics: Mapping[str, float], seconds: float) -> None:
+    def add(self, cell: Cell, metrics: Mapping[str, float], seconds: float, device: str = "cpu") -> None:
         """Append what was measured of ``cell``; it takes the place of an earlier record."""
         if self._environment is None:
             self._environment = environment()
@@ -75,6 +77,7 @@ class CellStore:
             "seconds": seconds,
             "time": now,
             "environment": self._environment,
+            "device": device,
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as lines:

@@ -162,10 +162,11 @@ class PaperTable:
         found = published_paper(self.paper)["tables"].get(self.name.removeprefix(f"{self.paper}-"))
         if found is None or not self.models:
             return None
-        whose = model if model in self.models else self.models[0]
+        named = paper_name(model)
+        whose = named if named in self.models else self.models[0]
         numbers = found["models"][whose]
         values = {(row, column): value for row, of in numbers["rows"].items() for column, value in of.items()}
-        same = whose == model or found.get("any_model", False)
+        same = whose == named or found.get("any_model", False)
         return Published(whose, same, values, numbers.get("dense"))
 
 
@@ -184,6 +185,18 @@ class Published:
     same_model: bool
     values: dict[Place, float] = field(default_factory=dict)
     dense: float | None = None
+
+
+# Copies that need no licence to be accepted, by who publishes them, and whose the weights are.
+_COPIES = {"NousResearch/Llama-2-": "meta-llama/Llama-2-"}
+
+
+def paper_name(model: str) -> str:
+    """What the papers' tables call ``model``: the original of which it is a copy, or itself."""
+    for copy, original in _COPIES.items():
+        if model.startswith(copy):
+            return original + model.removeprefix(copy)
+    return model
 
 
 _TABLES: dict[str, PaperTable] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MUTED = -1  # colour of a baseline
+SHOWN_CASES = 8  # of a chart of bars: the page unfolds the others, a PNG leaves them to it
 _FAR = 5  # times as high as another group's highest bar: no common axis then
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart: blue, vermilion, green, purple, orange, sky.

@@ -15,7 +15,7 @@ from trisparse.bench.report.reading import grouped
 from trisparse.bench.report.sections import OTHER, SECTIONS
 from trisparse.bench.report.style import SCRIPT, style
 from trisparse.bench.report.svg import draw
-from trisparse.bench.rows import Row
+from trisparse.bench.rows import Row, quick, told_apart
 
 PAGE = "index.html"
 _SHOWN = 4  # charts of a section before "show more"
@@ -28,7 +28,7 @@ def write_report(rows: Sequence[Row], out: Path, *, png: bool = True) -> list[Pa
     """Write ``index.html`` and a PNG of each chart to the folder ``out``; files of these names are replaced.
 
     Args:
-        rows: of any benchmarks, each contestant of a case once (:func:`trisparse.bench.rows.newest`).
+        rows: of any benchmarks, each measurement once (:func:`trisparse.bench.rows.newest`).
         out: folder; made where it is missing.
         png: write the PNGs, which need matplotlib.
 
@@ -43,6 +43,7 @@ def write_report(rows: Sequence[Row], out: Path, *, png: bool = True) -> list[Pa
         raise ValueError("there are no rows to report: run trisparse bench run first")
     if png:
         check_matplotlib()
+    rows = [row for part in (False, True) for row in told_apart(row for row in rows if quick(row) is part)]
     contents = {section: section.build(rows) for section in (*SECTIONS, OTHER)}
     out.mkdir(parents=True, exist_ok=True)
     page = out / PAGE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trisparse.bench.report.charts import COLORS, MARKERS, MUTED, Bars, Chart, Plot, Scale
+from trisparse.bench.report.charts import COLORS, MARKERS, MUTED, SHOWN_CASES, Bars, Chart, Plot, Scale
 
 _SYMBOLS = dict(zip(MARKERS, ("o", "s", "^", "D", "P", "X", "v"), strict=True))
 _GRAY = "#8c97a5"
@@ -45,11 +45,14 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _bars(chart: Bars) -> Any:
-    """Bars over shares of the axis, as on the page: groups may have scales of their own."""
-    figure, axes = _figure(8, 1.1 + 0.2 * sum(len(bars) + 1 for _, bars in chart.groups))
+    """Bars over shares of the axis, as on the page: groups may have scales of their own. Of the cases that it shows."""
+    groups = chart.groups[:SHOWN_CASES]
+    figure, axes = _figure(8, 1.1 + 0.2 * sum(len(bars) + 1 for _, bars in groups))
     at, names = 0.0, {}
-    for (label, bars), scale in zip(chart.groups, chart.scales, strict=True):
-        axes.text(0.01, at, label, fontsize=8, fontweight="bold", va="center", parse_math=False)
+    for (label, bars), scale in zip(groups, chart.scales[: len(groups)], strict=True):
+        # Above the line of the reference, which is not to cross the words.
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        axes.text(0.01, at, label, fontsize=8, fontweight="bold", va="center", parse_math=False, zorder=3, bbox=behind)
         at -= 1
         for bar in bars:
             color = _GRAY if bar.color == MUTED else COLORS[bar.color % len(COLORS)]
@@ -70,7 +73,9 @@ def _bars(chart: Bars) -> Any:
     axes.set_ylim(at + 0.3, 0.7)
     if chart.reference is not None:
         axes.axvline(scale.share(chart.reference), color="#1c2430", linewidth=0.8)
-    axes.set_xlabel(chart.label, fontsize=8, parse_math=False)
+    rest = len(chart.groups) - len(groups)
+    label = f"{chart.label}; {rest} more on the page" if rest else chart.label
+    axes.set_xlabel(label, fontsize=8, parse_math=False)
     title = f"{chart.title} (bound, not measured)" if chart.bound else chart.title
     axes.set_title(title, fontsize=10, loc="left", parse_math=False)
     return figure

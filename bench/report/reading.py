@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from trisparse.bench.rows import Row
+from trisparse.bench.rows import Row, quick
 
 Key = TypeVar("Key", bound=Hashable)
 PAPERS = "papers/"  # names of benchmarks that are a paper's table begin so
@@ -36,8 +36,9 @@ def place(row: Row) -> tuple[str, str, str]:
 
 
 def of_model(row: Row) -> str:
-    """The benchmark, with the model where its rows are of one."""
-    return row.benchmark if (named := model(row)) is None else f"{row.benchmark}, {named}"
+    """The benchmark, with the model where its rows are of one; what ``--quick`` measured is apart from the rest."""
+    named = row.benchmark if (found := model(row)) is None else f"{row.benchmark}, {found}"
+    return f"{named}, quick" if quick(row) and row.kind != "bound" else named
 
 
 def device(row: Row) -> str:

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from trisparse.bench.report.charts import COLORS, MARKERS, MUTED, Bar, Bars, Chart, Plot, Point, Scale, Series
+from trisparse.bench.report.charts import (
+    COLORS,
+    MARKERS,
+    MUTED,
+    SHOWN_CASES,
+    Bar,
+    Bars,
+    Chart,
+    Plot,
+    Point,
+    Scale,
+    Series,
+)
 from trisparse.bench.report.markup import Markup, element, join
 
-_SHOWN = 8  # cases of a chart of bars before "show all"
 _BAR = 18  # height of a bar's line in pixels
 _HEIGHT = 300  # of a plot
 # Paths of 10 by 10 pixels around the point, in the order of MARKERS.
@@ -50,8 +61,8 @@ def _bars(chart: Bars) -> list[Markup]:
     axis = element("p", chart.label, class_="axis")
     if not chart.own_scales:
         axis = join(_ticks(chart, scales[0]), axis)
-    shown = [*groups[:_SHOWN], axis]
-    if rest := groups[_SHOWN:]:
+    shown = [*groups[:SHOWN_CASES], axis]
+    if rest := groups[SHOWN_CASES:]:
         one = "1 more case" if len(rest) == 1 else f"{len(rest)} more cases"
         shown.append(element("details", element("summary", f"Show {one}"), *rest, axis))
     return shown

@@ -140,9 +140,10 @@ def allocations(options: Options) -> Iterator[Measured]:
         if not options.wants(case):
             continue
         outcome = smollm2.measure(method, sparsity, allocation)
-        parameters = {"method": method, "pattern": sparsity, "allocation": allocation, "sparsity": outcome.sparsity}
+        parameters = {"method": method, "pattern": sparsity, "allocation": allocation}
         metrics = {
             "perplexity": outcome.perplexity,
+            "sparsity": outcome.sparsity,
             "least_sparsity": outcome.least,
             "greatest_sparsity": outcome.greatest,
             "allocation_seconds": outcome.seconds,

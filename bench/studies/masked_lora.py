@@ -75,7 +75,7 @@ def case(tokens: int, out: int, inputs: int, rank: int, dtype: torch.dtype) -> C
     )
 
 
-@benchmark("masked-lora", "forward and backward of mask_lora on the CPU, against PERP's own layer")
+@benchmark("masked-lora", "forward and backward of mask_lora on the CPU, against PERP's own layer", takes=("repeats",))
 def masked_lora(options: Options) -> Iterator[Case]:
     """In fp32 and in bf16, at the shape of a layer of 2048."""
     size = 512 if options.quick else 2048

@@ -56,7 +56,11 @@ def case(rows: int, pattern: tuple[int, int] | None, by_columns: bool) -> Case:
     )
 
 
-@benchmark("obs-block", "the OBS update of one block of columns on the CPU, against the loop over its columns")
+@benchmark(
+    "obs-block",
+    "the OBS update of one block of columns on the CPU, against the loop over its columns",
+    takes=("repeats",),
+)
 def obs_blocks(options: Options) -> Iterator[Case]:
     """All sizes, patterns and layouts."""
     for rows in ROWS[:1] if options.quick else ROWS:

@@ -60,14 +60,14 @@ def retrained(model: Any, data: dict[str, Tensor], options: dict[str, Any]) -> t
 
 
 def revived_in_the_file(model: Any, kept: dict[str, Tensor]) -> int:
-    """How many pruned weights are not zero in the file that ``save`` writes of ``model``.
+    """How many pruned weights are not zero in the dense file that ``save`` writes of ``model``.
 
     Args:
         model: retrained and merged.
         kept: the masks from before retraining, bool, True where a weight is kept.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder) / "model")
+        save(model, Path(folder) / "model", form="dense")
         weights: dict[str, Tensor] = {}
         for file in (Path(folder) / "model").glob("model*.safetensors"):
             with safe_open(file, "pt") as opened:
@@ -99,7 +99,11 @@ def compare(model: Any, data: dict[str, Tensor], options: dict[str, Any], check_
     }
 
 
-@benchmark("perp-quality", "PERP against full retraining with the masks held, each at its own best learning rate")
+@benchmark(
+    "perp-quality",
+    "PERP against full retraining with the masks held, each at its own best learning rate",
+    takes=("model",),
+)
 def perp_quality(options: Options) -> Iterator[Measured]:
     """100 steps of 2 x 256 tokens after magnitude pruning to 50%; ``quick``: 10 steps and two rates."""
     model, tokenizer = load_causal_lm(options.model)
@@ -125,7 +129,8 @@ def perp_quality(options: Options) -> Iterator[Measured]:
     for name, row in result["rows"].items():
         kept = ("perplexity", "learning_rate", "trainable_share", "revived")
         metrics = {key: row[key] for key in kept}
-        yield Measured("retrained", parameters | {"grid": row["grid"]}, {name: metrics}, {name: [row["seconds"]]})
+        metrics |= {f"grid_loss_at_{rate}": loss for rate, loss in row["grid"].items()}
+        yield Measured("retrained", parameters, {name: metrics}, {name: [row["seconds"]]})
     yield Measured("ratio", parameters, {"mask_lora + norms + head": {"perplexity_ratio_to_full": result["ratio"]}})
     for variant, revived in result["revived"].items():
         yield Measured("saved after merging", parameters, {variant: {"revived": revived}})

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trisparse.bench.registry import Measured, Options, benchmark
-from trisparse.bench.rows import Row, newest, read_rows, rows_file
+from trisparse.bench.rows import Row, newest, quick, read_rows, rows_file
 from trisparse.bench.studies.pruned_smollm2 import PrunedSmolLM2
 
 NAME = "perplexity-curve"
@@ -77,5 +77,5 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(newest(read_rows(rows_file(NAME, dirty=False))), PICTURE)
+    draw(newest(row for row in read_rows(rows_file(NAME, dirty=False)) if not quick(row)), PICTURE)
     print(f"wrote {PICTURE}")

@@ -116,7 +116,7 @@ def _shared(retraining: PERPConfig, cycles: int) -> PERPConfig:
     return PERPConfig(**{**vars(retraining), "steps": max(1, retraining.steps // cycles)})
 
 
-@benchmark("reconstruction", "layer-wise reconstruction, cycles, or one pruning and one retraining")
+@benchmark("reconstruction", "layer-wise reconstruction, cycles, or one pruning and one retraining", takes=("model",))
 def reconstruction(options: Options) -> Iterator[Measured]:
     """Magnitude pruning to 50%, 60 steps of retraining, 40 of each block; ``quick`` takes a sixth of them."""
     model, tokenizer = load_causal_lm(options.model)

@@ -8,6 +8,7 @@ afterwards) in a process of their own, whose VmHWM (the most memory that it ever
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -102,7 +103,10 @@ def measure(name: str, folder: Path, samples: int, seq_len: int, data: str) -> M
     with tempfile.TemporaryDirectory(prefix="stream-memory-") as work:
         command = [sys.executable, "-c", _CHILD, str(folder), f"{work}/out", str(samples), str(seq_len), data]
         start = time.perf_counter()
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        without_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # which a streamed prune takes where there is one
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, env=without_gpu
+        )
         seconds = time.perf_counter() - start
         found = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("peak ")]
         if done.returncode or not found:

@@ -60,7 +60,11 @@ def peak_of_steps(model: nn.Module, name: str, windows: Tensor, *, steps: int = 
     return peak_bytes(train)
 
 
-@benchmark("train-speed", "training tokens/s and memory of PERP against full fine-tuning with the masks held")
+@benchmark(
+    "train-speed",
+    "training tokens/s and memory of PERP against full fine-tuning with the masks held",
+    takes=("model", "repeats"),
+)
 def train_speed(options: Options) -> Iterator[Measured]:
     """Steps of 2 x 512 tokens in 10 rounds; ``quick``: of 2 x 128 in 2."""
     model, _ = load_causal_lm(options.model)

@@ -24,6 +24,7 @@ from trisparse.sparsity.progress import quiet_transformers
 _LAYERS = re.compile(r"^(num|n|encoder|decoder)_.*(layers?|blocks)$|^depths?$")
 _EXPERTS = re.compile(r"experts$")
 _LABELS = re.compile(r"^num_labels$")
+_IMPLEMENTATION = re.compile(r"^_?(attn|experts)_implementation(_internal)?$")
 
 
 def architecture(folder: Path, tensors: int) -> tuple[type[PreTrainedModel], Any]:
@@ -38,7 +39,9 @@ def architecture(folder: Path, tensors: int) -> tuple[type[PreTrainedModel], Any
     """
     file = folder / CONFIG_FILE
     try:
-        _check_counts(read_json(file), tensors, file)
+        content = read_json(file)
+        _check_counts(content, tensors, file)
+        _check_settings(content, file)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no model of transformers': it has no {CONFIG_FILE}") from None
     try:
@@ -98,3 +101,19 @@ def _check_counts(config: Any, tensors: int, file: Path) -> None:
             counts = value if isinstance(value, list) else [value]
             if pattern.search(key) and any(isinstance(count, int | float) and count > most for count in counts):
                 raise CheckpointError(f"{file} is damaged: {key} is {value}, and there are {tensors} tensors")
+
+
+def _check_settings(config: Any, file: Path, *, top: bool = True) -> None:
+    """Refuse what has transformers fetch code, or load other weights than were checked."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_settings(value, file, top=False)
+        if _IMPLEMENTATION.search(key) and "/" in str(value):
+            raise CheckpointError(f"{file} asks for the kernel {str(value)[:200]!r} of another place: none is fetched")
+        if key == "transformers_weights" and value is not None:
+            raise CheckpointError(
+                f"{file} names weights of its own, {str(value)[:200]!r}: only the usual files are read"
+            )
+        # transformers takes the one of a text config where the model has none.
+        if key == "quantization_config" and value is not None and not top:
+            raise CheckpointError(f"{file} has a quantization_config inside another config: it belongs at the top")

@@ -15,6 +15,7 @@ INFO_FILE = "trisparse.json"
 MASKS_FILE = "trisparse_masks.safetensors"
 ADAPTERS_FILE = "trisparse_adapters.json"  # of a folder of adapters, see retrain/adapter_folder.py
 WEIGHTS_FILE = "model.safetensors"
+PEFT_FILE = "adapter_config.json"  # of PEFT, which transformers puts on a model without a word
 INDEX_FILE = "model.safetensors.index.json"  # which shard holds which tensor
 
 MAX_JSON_BYTES = 64 * 2**20  # a target takes about 150 bytes: room for 400 000 of them
@@ -24,13 +25,27 @@ class CheckpointError(RuntimeError):
     """A folder is not a checkpoint of ours, or is damaged."""
 
 
+def check_no_adapter(folder: Path) -> None:
+    """Check that transformers, which loads the model of ``folder``, does not change it by an adapter beside it.
+
+    Raises:
+        CheckpointError: it would.
+    """
+    if (folder / PEFT_FILE).exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter, {PEFT_FILE}, beside the pruned model: put it into a folder of its own and "
+            "open it with PeftModel.from_pretrained(model, folder)"
+        )
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         FileNotFoundError: there is none.
-        CheckpointError: it is too large, no JSON, no object, or names a key twice.
+        CheckpointError: it is no file, too large, no JSON, no object, or names a key twice.
     """
+    check_regular(file)
     try:
         with file.open("rb") as stream:
             text = stream.read(MAX_JSON_BYTES + 1)
@@ -41,6 +56,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if len(text) > MAX_JSON_BYTES:
         raise CheckpointError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB")
     return parse_json(text, file)
+
+
+def check_regular(file: Path) -> None:
+    """Check that ``file``, if it is there, is a file: to open a pipe would wait for one who writes into it.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if not file.is_file() and file.exists():
+        raise CheckpointError(f"{file} cannot be read: it is no file")
 
 
 def parse_json(text: bytes, file: Path) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from trisparse.sparsity.checkpoint.files import INDEX_FILE, WEIGHTS_FILE, CheckpointError, parse_json, read_json
+from trisparse.sparsity.checkpoint.files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_regular,
+    parse_json,
+    read_json,
+)
 
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors itself
 _MAX_DIMENSIONS = 16
@@ -86,9 +93,13 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 def weight_files(folder: Path) -> list[Path]:
     """The files with the weights of the model in ``folder``: one, or the shards that the index names.
 
+    One that is there comes first, as transformers has it: it saves into a folder without removing an earlier index.
+
     Raises:
         CheckpointError: the index is damaged, or names a file that is not in the folder itself.
     """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
     try:
         index = read_json(folder / INDEX_FILE)
     except FileNotFoundError:
@@ -113,6 +124,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
+    check_regular(file)
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trisparse.sparsity.checkpoint.architecture import check_size
-from trisparse.sparsity.checkpoint.files import CheckpointError
+from trisparse.sparsity.checkpoint.files import CheckpointError, check_no_adapter
 from trisparse.sparsity.checkpoint.headers import StoredTensor, read_headers, weight_files
 from trisparse.sparsity.checkpoint.info import Manifest
 from trisparse.sparsity.checkpoint.packing import EmptyLayer, empty_layer, fill, replace, tensor_names
@@ -46,26 +45,19 @@ class Loading:
     def __init__(self, model: Any, manifest: Manifest, files: Sequence[Path]) -> None:
         self._model = model
         _check_place(files, str(getattr(model.config, "name_or_path", "") or ""))
+        check_no_adapter(files[0].parent)
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         headers = read_headers(files)
         self._stored = _check_stored(model, manifest, headers, prefix)
         self._holders = mask_names(manifest.targets)
         self._weights: list[_Weight] = []
         modules = dict(model.named_modules())
-        readers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-        try:
-            for name, target in manifest.targets.items():
-                own = _own_name(name, modules, prefix)
-                if own is not None:  # else of a part that this class of model does not have, such as the head
-                    layer = self._prepare(own, target, modules)
-                    # Beside the main thread, which is busy with transformers' own work.
-                    positions = readers.submit(self._read, name, target)
-                    self._weights.append(_Weight(name, own, target, layer, positions))
-            check_size(model, [tensor.shape for tensor in headers.values()], files[0].parent)
-        except BaseException:
-            readers.shutdown(wait=False, cancel_futures=True)
-            raise
-        readers.shutdown(wait=False)
+        for name, target in manifest.targets.items():
+            own = _own_name(name, modules, prefix)
+            if own is not None:  # else of a part that this class of model does not have, such as the head
+                layer = self._prepare(own, target, modules)
+                self._weights.append(_Weight(name, own, target, layer))
+        check_size(model, [tensor.shape for tensor in headers.values()], files[0].parent)
         model._keys_to_ignore_on_load_unexpected.add(_OURS)
 
     def _prepare(self, name: str, target: Target, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -109,7 +101,8 @@ class Loading:
         """
         self._model._keys_to_ignore_on_load_unexpected.discard(_OURS)
         for weight in self._weights:
-            tensors, tiles = weight.positions.result()
+            # Not in threads beside transformers' work: waiting for each other's turn takes longer than it saves.
+            tensors, tiles = self._read(weight.name, weight.target)
             path, _, param = weight.own.rpartition(".")
             layer = weight.layer
             try:
@@ -124,13 +117,12 @@ class Loading:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A pruned weight: its name in the files and in the model, what it is, its layer and its indices, being read."""
+    """A pruned weight: its name in the files and in the model, what it is, and its layer."""
 
     name: str
     own: str
     target: Target
     layer: nn.Module
-    positions: Future[Positions]
 
 
 def check_zeros(layer: nn.Module, param: str, mask: Mask) -> None:

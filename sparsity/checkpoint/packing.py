@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from copy import copy
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from trisparse.sparsity.checkpoint.target import Target, TargetError, mask_names
 from trisparse.sparsity.linear import SparseLinear, storage_format
 from trisparse.sparsity.mask import Mask, masks, to_matrix
 from trisparse.sparsity.pattern import Pattern
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def pack(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Target]]:
@@ -84,12 +86,13 @@ class EmptyLayer(nn.Module):
     """Stands in for a SparseLinear while transformers loads its values and bias; :func:`fill` makes one of it."""
 
     values: Tensor
+    target: Target
 
-    def __init__(self, target: Target, dtype: torch.dtype, bias: nn.Parameter | None) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
-        self.target, self.dtype = target, dtype
-        self.register_buffer("values", torch.empty(target.tensors["values"][1], dtype=dtype, device="meta"))
-        self.bias = bias
+        self.dtype = dtype
+        self.register_buffer("values", torch.empty(shape, dtype=dtype, device="meta"))
+        self.bias: nn.Parameter | None = None
         # What draws missing weights at random asks some models' layers for this, and leaves what is marked alone.
         self.weight = torch.empty(0)
         self._is_hf_initialized = self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -105,7 +108,10 @@ def empty_layer(layer: nn.Module, target: Target) -> EmptyLayer:
         raise ValueError(f"a {type(layer).__name__} has no compressed form")
     if tuple(layer.weight.shape) != target.shape or isinstance(layer, Conv1D) != target.transposed:
         raise ValueError(f"the model's weight has shape {tuple(layer.weight.shape)}, the file's {target.shape}")
-    return EmptyLayer(target, layer.weight.dtype, layer.bias)
+    made = _copied(_first_empty(target.tensors["values"][1], layer.weight.dtype))
+    made.target, made.bias = target, layer.bias
+    made._buffers["values"] = made.values.detach()  # another object: buffers that are one count once
+    return made
 
 
 def fill(layer: EmptyLayer, positions: Mapping[str, Tensor], tiles: Tensor | None) -> SparseLinear:
@@ -133,13 +139,20 @@ def fill(layer: EmptyLayer, positions: Mapping[str, Tensor], tiles: Tensor | Non
 
 
 def _twin(cols: int, rows: int, pattern: Pattern, kind: str, dtype: torch.dtype) -> SparseLinear:
-    """An empty layer, copied from the first one that was alike: making a module anew takes ten times as long."""
-    first = _first(cols, rows, pattern, kind, dtype)
-    made = copy(first)
+    return _copied(_first(cols, rows, pattern, kind, dtype))
+
+
+def _copied(first: _Layer) -> _Layer:
+    """A layer like ``first`` with parameters, buffers and hooks of its own; making it anew takes ten times as long."""
+    made: _Layer = object.__new__(type(first))
     for name, value in first.__dict__.items():
-        if isinstance(value, dict | set):  # its parameters, buffers and hooks are its own
-            made.__dict__[name] = value.copy()
+        made.__dict__[name] = value.copy() if isinstance(value, dict | set) else value
     return made
+
+
+@lru_cache(maxsize=64)
+def _first_empty(shape: tuple[int, ...], dtype: torch.dtype) -> EmptyLayer:
+    return EmptyLayer(shape, dtype)
 
 
 @lru_cache(maxsize=64)

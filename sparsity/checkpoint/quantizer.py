@@ -118,10 +118,16 @@ class TrisparseQuantizer(HfQuantizer):
         return size
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """The tensors to save, as :func:`trisparse.save` writes them; brings the model's config up to date."""
+        """The tensors to save, as :func:`trisparse.save` writes them; brings the model's config up to date.
+
+        Raises:
+            MaskError: a pruned weight is not zero: what is written could not be loaded.
+        """
         from trisparse.sparsity.checkpoint.info import Manifest
         from trisparse.sparsity.checkpoint.packing import pack
+        from trisparse.sparsity.mask import check_masks
 
+        check_masks(model)
         earlier = self.quantization_config.manifest
         state, targets = pack(model)
         self.quantization_config.manifest = Manifest(targets, () if earlier is None else earlier.recipe)

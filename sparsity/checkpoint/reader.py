@@ -19,6 +19,7 @@ from trisparse.sparsity.checkpoint.files import (
     MASKS_FILE,
     WEIGHTS_FILE,
     CheckpointError,
+    check_no_adapter,
     is_checkpoint,
 )
 from trisparse.sparsity.checkpoint.headers import read_headers, weight_files
@@ -26,8 +27,8 @@ from trisparse.sparsity.checkpoint.info import Manifest, read_info, read_manifes
 from trisparse.sparsity.checkpoint.loading import attach_mask, check_zeros
 from trisparse.sparsity.checkpoint.packing import empty_layer, fill, replace
 from trisparse.sparsity.checkpoint.registration import register
-from trisparse.sparsity.checkpoint.target import TargetError, mask_names
-from trisparse.sparsity.checkpoint.validation import check_mask, check_positions
+from trisparse.sparsity.checkpoint.target import TargetError, check_kept, mask_names
+from trisparse.sparsity.checkpoint.validation import check_mask, check_pattern, check_positions
 from trisparse.sparsity.checkpoint.writer import Form
 from trisparse.sparsity.compression import compress
 from trisparse.sparsity.foreign.compressed_tensors import load_compressed_tensors, sparse_format
@@ -172,12 +173,15 @@ def _check_fits(weights: Mapping[str, Tensor], model: nn.Module) -> None:
 def _from_pretrained(path: Path, dtype: torch.dtype | None, device_map: Any, *, dense: bool = True) -> PreTrainedModel:
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(f"{path} was saved from a plain module: pass an instance of it as load(path, into=...)")
+    check_no_adapter(path)
     register()
     stored = read_headers(weight_files(path))
     model_class, config = architecture(path, len(stored))
     settings = getattr(config, "quantization_config", None)
-    if isinstance(settings, dict):
+    if isinstance(settings, dict) and settings.get("quant_method") == "trisparse":
         settings["dense"] = dense  # the quantizer checks the size
+    elif settings is not None:  # transformers would load it by a quantizer that checks nothing
+        raise CheckpointError(f"{path / CONFIG_FILE} has a quantization_config that is none of ours")
     else:
         check_size(empty_model(model_class, config, path), [tensor.shape for tensor in stored.values()], path)
     model: PreTrainedModel
@@ -220,6 +224,8 @@ def _read_masks(path: Path, info: Mapping[str, Any]) -> dict[str, Mask]:
             found[name] = Mask(
                 bits[name], shape, int(entry["cols"]), bool(entry["transposed"]), parse_pattern(entry["pattern"])
             )
+            check_kept(found[name].pattern, found[name].bits.shape[0], found[name].cols, found[name].kept)
+            check_pattern(found[name].pattern, found[name].bits, found[name].cols)
         except (KeyError, TypeError, ValueError, MaskError) as error:
             raise CheckpointError(f"{INFO_FILE} in {path} is damaged at {name}: {error}") from error
     return found

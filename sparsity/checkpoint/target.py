@@ -22,7 +22,7 @@ import torch
 
 from trisparse.sparsity.linear import storage_format
 from trisparse.sparsity.mask import Mask, combined_sha256
-from trisparse.sparsity.pattern import Pattern, parse_pattern
+from trisparse.sparsity.pattern import NM, Pattern, Rows, kept_of, kept_per_row, parse_pattern
 
 VERSION = 1  # of the compressed form
 MASKS_PREFIX = "trisparse_masks"
@@ -71,6 +71,7 @@ class Target:
                 raise TargetError(f"a weight pruned to {self.pattern} is not stored as {self.format!r} but as {made!r}")
             if m and self.kept * m != size * n:
                 raise TargetError(f"{self.kept} of {size} weights are not {self.pattern}")
+        check_kept(self.pattern, self.rows, self.cols, self.kept)
 
     @property
     def rows(self) -> int:
@@ -147,6 +148,34 @@ class Target:
         except ValueError as error:
             raise TargetError(str(error)) from error
         return cls(texts[0], made, tuple(shape), cols, transposed, kept, texts[2])
+
+
+def check_kept(pattern: Pattern, rows: int, cols: int, kept: int) -> None:
+    """Check that a matrix [rows, cols] pruned to ``pattern`` may keep ``kept`` weights.
+
+    No hash covers the pattern, which says what the next step of pruning may do. The budget of scope "global" is that of
+    a model, of which one weight says nothing.
+
+    Raises:
+        TargetError: it may not.
+    """
+    if isinstance(pattern, NM):
+        least, most = rows * (cols // pattern.m) * pattern.n, rows * -(-cols // pattern.m) * pattern.n
+    elif isinstance(pattern, Rows):
+        expected = kept_of(rows, pattern.sparsity) * cols
+        tolerance = rows // 10**5 * cols  # the text has six digits
+        least, most = expected - tolerance, expected + tolerance
+    elif pattern.scope == "global":
+        return
+    else:
+        expected = kept_of(rows * cols, pattern.sparsity)
+        if pattern.scope == "row":
+            expected = rows * kept_per_row(pattern, rows, cols)[0]
+        # Some methods round in each row or in each block of columns, and the text has six digits.
+        tolerance = rows + cols + rows * cols // 10**5
+        least, most = expected - tolerance, expected + tolerance
+    if not least <= kept <= most:
+        raise TargetError(f"{kept} of {rows * cols} weights are not {pattern}")
 
 
 def mask_names(targets: Mapping[str, Target]) -> dict[str, str]:

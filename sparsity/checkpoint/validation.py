@@ -16,7 +16,7 @@ from torch import Tensor
 from trisparse.kernels.compressed import TILE, tile_dtype
 from trisparse.sparsity.checkpoint.target import Target, TargetError
 from trisparse.sparsity.mask import bits_sha256
-from trisparse.sparsity.pattern import NM
+from trisparse.sparsity.pattern import NM, Pattern, Rows
 
 
 def check_positions(target: Target, positions: Mapping[str, Tensor]) -> Tensor | None:
@@ -43,8 +43,9 @@ def check_positions(target: Target, positions: Mapping[str, Tensor]) -> Tensor |
         packed = positions["bitmask"]
         _check_padding(target, packed)
         if target.format == "n:m":
-            _check_groups(target, packed)
+            _check_groups(target.pattern, packed, target.cols)
         else:
+            check_pattern(target.pattern, packed, target.cols)
             tiles = _check_offsets(target, packed, positions["row_offsets"])
     if bits_sha256(packed, target.shape, target.cols, target.transposed) != target.sha256:
         raise TargetError("the mask does not match its hash")
@@ -63,8 +64,23 @@ def check_mask(target: Target, bits: Tensor) -> None:
     kept = int(np.bitwise_count(bits.numpy()).sum(dtype=np.int64))
     if kept != target.kept:
         raise TargetError(f"its mask keeps {kept} weights, not {target.kept}")
+    check_pattern(target.pattern, bits, target.cols)
     if bits_sha256(bits, target.shape, target.cols, target.transposed) != target.sha256:
         raise TargetError("the mask does not match its hash")
+
+
+def check_pattern(pattern: Pattern, packed: Tensor, cols: int) -> None:
+    """Check that the packed mask uint8 [rows, ceil(cols / 8)] on the CPU is of the structure of ``pattern``.
+
+    Raises:
+        TargetError: a group of an n:m pattern keeps another number, or a row is pruned in part where rows are whole.
+    """
+    if isinstance(pattern, Rows):
+        of_row = np.bitwise_count(packed.numpy()).sum(1, dtype=np.int64)
+        if bool(((of_row != 0) & (of_row != cols)).any()):
+            raise TargetError(f"the bitmask is not {pattern}")
+    elif isinstance(pattern, NM):
+        _check_groups(pattern, packed, cols)
 
 
 def packed_of_meta(meta: Tensor) -> Tensor:
@@ -99,17 +115,17 @@ def _check_padding(target: Target, packed: Tensor) -> None:
         raise TargetError("the bitmask has bits beyond the last column")
 
 
-def _check_groups(target: Target, packed: Tensor) -> None:
-    """Exactly n of every m consecutive columns are kept."""
-    assert isinstance(target.pattern, NM)  # or the format would be another
-    n, m = target.pattern.n, target.pattern.m
+def _check_groups(pattern: Pattern, packed: Tensor, cols: int) -> None:
+    """Exactly n of every m consecutive columns are kept, in whole groups."""
+    assert isinstance(pattern, NM)  # or the format would be another
+    n, m = pattern.n, pattern.m
     bits = packed.numpy()
-    if m in (8, 16, 32) and target.cols % m == 0:
+    if m in (8, 16, 32) and cols % m == 0:
         counts = np.bitwise_count(np.ascontiguousarray(bits).view(f"u{m // 8}"))
     else:
-        counts = np.unpackbits(bits, axis=1, count=target.cols, bitorder="little").reshape(-1, m).sum(1)
+        counts = np.unpackbits(bits, axis=1, count=cols // m * m, bitorder="little").reshape(-1, m).sum(1)
     if bool((counts != n).any()):
-        raise TargetError(f"the bitmask is not {target.pattern}")
+        raise TargetError(f"the bitmask is not {pattern}")
 
 
 def _check_offsets(target: Target, packed: Tensor, row_offsets: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
 from trisparse.sparsity.checkpoint import INFO_FILE, MASKS_FILE, CheckpointError, is_checkpoint, read_info
+from trisparse.sparsity.checkpoint.target import check_kept
+from trisparse.sparsity.checkpoint.validation import check_pattern
 from trisparse.sparsity.hardware import return_freed_memory
 from trisparse.sparsity.mask import Mask, attach, check_masks, combined_sha256, detach
 from trisparse.sparsity.pattern import parse_pattern
@@ -134,7 +136,7 @@ class ModelOnDisk:
 
     def _build(self) -> PreTrainedModel:
         try:
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder} has no config.json of a model that transformers knows: {error}") from error
         if is_checkpoint(self.folder) and not (self.folder / INFO_FILE).is_file():
@@ -153,7 +155,7 @@ class ModelOnDisk:
             model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
         model.tie_weights()  # becoming empty has untied them
         if (self.folder / "generation_config.json").is_file() and model.can_generate():
-            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+            model.generation_config = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
         model.eval()
         return model
 
@@ -193,7 +195,10 @@ class ModelOnDisk:
             with safe_open(file, framework="pt", backend="pread") as opened:
                 bits = opened.get_tensor(name)
             pattern = parse_pattern(entry["pattern"])
-            return Mask(bits, torch.Size(entry["shape"]), int(entry["cols"]), bool(entry["transposed"]), pattern)
+            mask = Mask(bits, torch.Size(entry["shape"]), int(entry["cols"]), bool(entry["transposed"]), pattern)
+            check_kept(pattern, bits.shape[0], mask.cols, mask.kept)
+            check_pattern(pattern, bits, mask.cols)
+            return mask
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the mask of {name} in {self.folder} cannot be read: {error}") from error
 
@@ -252,6 +257,8 @@ class ModelOnDisk:
 
 def _weight_files(folder: Path) -> dict[str, Path]:
     """The file of every weight in ``folder``, by its name there."""
+    if (folder / _ONE_FILE).is_file():  # first, as transformers has it: an index may be of an earlier save
+        return dict.fromkeys(_names(folder / _ONE_FILE), folder / _ONE_FILE)
     if (folder / _INDEX).is_file():
         try:
             index: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
@@ -260,8 +267,6 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         if absent := sorted({file for file in index.values() if not (folder / file).is_file()}):
             raise ValueError(f"{folder} lacks {', '.join(absent[:3])}, which {_INDEX} names")
         return {name: folder / file for name, file in index.items()}
-    if (folder / _ONE_FILE).is_file():
-        return dict.fromkeys(_names(folder / _ONE_FILE), folder / _ONE_FILE)
     raise ValueError(f"{folder} holds no {_ONE_FILE} and no {_INDEX}: streaming reads safetensors only")
 
 

@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
         "os": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "features": cpu_features(),
@@ -95,7 +95,8 @@ def checkout() -> Path | None:
     return _ROOT if (_ROOT / ".git").exists() else None  # an installed one may lie inside another project's checkout
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor as it calls itself."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

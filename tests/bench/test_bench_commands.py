@@ -21,7 +21,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(registry, "_MODULES", ())
     seen = []
 
-    @benchmark("toy", "doubles one")
+    @benchmark("toy", "doubles one", takes=("dtype", "model", "repeats"))
     def run(options):
         seen.append(options)
         one = torch.ones(1, dtype=options.dtype or torch.float32)
@@ -45,12 +45,13 @@ def test_run(toy, tmp_path):
     options = ["--quick", "--device", "cpu", "--dtype", "bfloat16", "--model", "m", "--repeats", 4, "--out", tmp_path]
     result = invoke("run", "toy", *options)
     assert result.exit_code == 0, result.output
-    assert toy == [Options(quick=True, dtype=torch.bfloat16, model="m", repeats=4)]
     assert "twice [a]" in result.stdout
     assert "12.5" in result.stdout
     assert "toy: quality: add" in result.stderr
     timed, quality = read_rows(tmp_path / "toy.jsonl")
-    assert timed.command == "trisparse bench run toy --quick --device cpu --dtype bfloat16 --model m --repeats 4"
+    command = "trisparse bench run toy --quick --device cpu --dtype bfloat16 --model m --repeats 4 --out "
+    assert timed.command.startswith(command)
+    assert toy == [Options(True, torch.device("cpu"), torch.bfloat16, "m", 4, out=tmp_path, command=timed.command)]
     assert timed.seconds["repeats"] == 4
     assert quality.metrics == {"perplexity": 12.5}
 
@@ -73,6 +74,8 @@ def test_a_wrong_contestant_ends_with_1(toy, tmp_path):
         (["run", "toy", "--dtype", "fp8"], "dtype must be one of float32, bfloat16, float16, got 'fp8'"),
         (["run", "toy", "--repeats", "0"], "repeats must be at least 1"),
         (["run", "toy", "--device", "meta"], "device must be cpu or cuda"),
+        (["run", "toy", "--device", "cuda"], "benchmark toy measures cpu, not cuda"),
+        (["run", "toy", "--scale", "tiny"], "benchmark toy does not read --scale"),
         (["compare", "nothing", "here"], "has no rows of benchmarks"),
     ],
 )
@@ -86,4 +89,27 @@ def test_a_name_is_registered_once(toy):
 
 
 def test_the_families_are_there():
-    assert {"prune", "select"} <= benchmarks().keys()
+    known = benchmarks()
+    families = {"select", "linear", "tokens", "prune", "roofline"}
+    assert families | {"papers/perp-table-1"} <= known.keys()
+    on_gpus = {name for name, item in known.items() if "cuda" in item.devices and not name.startswith("papers/")}
+    assert on_gpus == families - {"roofline"}
+    assert all(item.takes == ("model", "scale") for name, item in known.items() if name.startswith("papers/"))
+
+
+def test_no_case_of_that_name_ends_with_1(toy, tmp_path):
+    result = invoke("run", "toy", "--only", "zzz", "--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "error: no case of toy has 'zzz' in its name" in result.stderr
+
+
+def test_tables_say_small_rates_and_the_gpu_that_bounds_hold_for():
+    from trisparse.bench.row_table import tables
+    from trisparse.bench.rows import Row
+
+    about = {"run": "r", "time": "now", "command": "x", "environment": {}, "device": "cpu"}
+    timed = Row("toy", "c", "a", {}, "measurement", gb_per_s=0.0123, **about)
+    bound = Row("toy", "c", "a", {"gpu": "A100-SXM-80GB"}, "bound", metrics={"bound_us": 2.0}, **about)
+    one, two = tables([timed, bound])
+    assert [str(cell) for cell in one.columns[1].cells][-1] == "0.0123"
+    assert (one.title, two.title) == ("toy on cpu", "toy on A100-SXM-80GB (bounds, not measured)")

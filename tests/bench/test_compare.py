@@ -56,6 +56,10 @@ def test_sources(tmp_path, monkeypatch):
     for source in (file, runs, runs.parent, "r2", "abc9"):
         assert medians(source) == [2.0]  # the newest, and no bound
     assert medians("r1") == medians("abcd") == [1.0]
+    changed = row(9.0, run="r9", environment={"commit": "abc9999", "dirty": True})
+    written(tmp_path / "bench/results/dirty", changed)
+    assert medians("abc9") == [2.0]  # which a changed checkout is not
+    assert medians("r9") == [9.0]
     for source in ("abc", "r3", tmp_path):
         with pytest.raises(ValueError, match="has no rows of benchmarks"):
             compare.find_rows(str(source))

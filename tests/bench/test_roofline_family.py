@@ -42,7 +42,11 @@ def test_records_hold_every_case_of_their_study_and_the_command_that_makes_them(
         assert row.parameters["binding"]
         assert all(metrics["bound_us"] > 0 for metrics in row.metrics.values())
         own = list(row.metrics.values())[-1]
-        assert {"bound_us", "bytes_over_compulsory", "spill_bytes"} <= set(own)
+        assert {"bound_us", "bytes_over_compulsory", "spill_bytes", "bytes"} <= set(own)
+        # no more than what the device moves in that time
+        assert all(metrics["bytes"] <= 1.01 * 2039e3 * metrics["bound_us"] for metrics in row.metrics.values())
+        assert all(metrics.get("flops", 1) > 0 for metrics in row.metrics.values())
+        assert ("flops" in own) == (name != "selection")
 
 
 def test_names_differ_between_all_studies():
@@ -59,6 +63,8 @@ def test_figures_of_one_row_by_hand():
     assert row.metrics["mma.sp"]["bound_us"] == pytest.approx(compressed / 2039e3, rel=1e-2)
     assert row.metrics["mma.sp"]["speedup"] == pytest.approx(dense / compressed, rel=1e-2)
     assert row.metrics["dense"]["speedup"] == 1
+    assert row.metrics["dense"]["bytes"] == 4096 * 4096 * 2 + 2 * 8192
+    assert {own["flops"] for own in row.metrics.values()} == {2 * 4096 * 4096}
     assert row.baseline == "dense"
 
 

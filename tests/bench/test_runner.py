@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def run(items, machine, tmp_path, options=None, **more):
                 raise item
             yield item
 
-    bench = Benchmark("toy", "a toy", items_of)
+    bench = Benchmark("toy", "a toy", items_of, takes=("repeats",))
     how = {"command": "trisparse bench run toy", "out": tmp_path, "machine": machine} | more
     return runner.run([bench], options or Options(), **how)
 
@@ -54,7 +55,7 @@ def test_figures_by_hand(machine, tmp_path):
     assert (a.roofline_share, b.roofline_share) == (0.25, 0.5)
     assert (a.metrics, b.metrics) == ({}, {"held": 5.0})
     assert b.environment["peaks"]["flops_per_s"] == 1000.0
-    assert (b.baseline, b.parameters, b.device, b.kind) == ("a", {"n": 2}, "cpu", "measurement")
+    assert (b.baseline, b.parameters, b.device, b.kind) == ("a", {"n": 2, "quick": False}, "cpu", "measurement")
     assert b.run.endswith("-abcdef0")
     assert list(read_rows(tmp_path / "toy.jsonl")) == outcome.rows
 
@@ -165,6 +166,32 @@ def test_options_choose_cases_and_repeats(machine, tmp_path):
     assert [(row.case, row.seconds["repeats"]) for row in outcome.rows] == [("c", 5)]
 
 
+def test_no_case_of_that_name_is_an_error(machine, tmp_path):
+    outcome = run([case({"a": lambda: RIGHT})], machine(), tmp_path, Options(only="zzz"))
+    assert (outcome.rows, outcome.errors) == ([], ["no case of toy has 'zzz' in its name"])
+
+
+def test_an_option_that_a_benchmark_does_not_read_is_an_error(machine, tmp_path):
+    with pytest.raises(ValueError, match="toy does not read --model; its options are --quick --only --repeats"):
+        run([case({"a": lambda: RIGHT})], machine(), tmp_path, Options(model="smollm2"))
+
+
+def test_what_measures_the_cpu_alone_says_so_on_a_machine_with_a_gpu(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "this_machine", lambda device: replace(machine(), device=device))
+    monkeypatch.setattr(runner, "clocks", lambda device: None)
+    gpu = replace(machine(), device=torch.device("cuda"), name="NVIDIA L4")
+    seen = []
+
+    def items(options):
+        seen.append(options.device.type)
+        yield Measured("c", {}, {"a": {"perplexity": 3.0}})
+
+    both = [Benchmark("one", "", items), Benchmark("two", "", items, devices=("cpu", "cuda"))]
+    outcome = runner.run(both, Options(device=gpu.device), command="x", out=tmp_path, machine=gpu)
+    assert seen == ["cpu", "cuda"]
+    assert [row.device for row in outcome.rows] == ["cpu", "NVIDIA L4"]
+
+
 @pytest.mark.parametrize(("dirty", "folder"), [(False, "runs"), (True, "dirty")])
 def test_a_changed_checkout_has_its_own_folder(machine, tmp_path, monkeypatch, dirty, folder):
     monkeypatch.setattr(runner, "checkout", lambda: tmp_path)
@@ -197,6 +224,9 @@ def test_names(monkeypatch):
         runner.chosen(["selct"])
     with pytest.raises(ValueError, match="name at least one"):
         runner.chosen([])
+    assert [item.name for item in runner.chosen(["select"], "cpu")] == ["select"]
+    with pytest.raises(ValueError, match="select measures cpu, not cuda:1"):
+        runner.chosen(["select"], "cuda:1")
 
 
 @pytest.mark.parametrize(("device", "message"), [("cuda", "finds no CUDA device"), ("meta", "must be cpu or cuda")])

@@ -1,4 +1,4 @@
-"""The benchmark tokens on a tiny model: what it times is what it says, and a wrong model stops it."""
+"""The benchmark tokens on a tiny model: what it times is what it says, and a wrong contestant is left out."""
 
 from __future__ import annotations
 
@@ -33,6 +33,20 @@ def quick(monkeypatch, tiny_llama):
 
     def run(**options):
         return list(benchmarks()["tokens"].run(Options(quick=True, model=str(tiny_llama / "dense"), **options)))
+
+    return run
+
+
+@pytest.fixture
+def until_it_raises(monkeypatch, tiny_llama):
+    """``until_it_raises(only=...)``: the rows on the tiny model, and what it raised behind them."""
+    monkeypatch.setattr(tokens, "QUICK", SIZES)
+
+    def run(**options):
+        rows = []
+        with pytest.raises(RuntimeError) as raised:
+            rows.extend(benchmarks()["tokens"].run(Options(quick=True, model=str(tiny_llama / "dense"), **options)))
+        return rows, str(raised.value)
 
     return run
 
@@ -78,19 +92,40 @@ def test_only(quick):
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_a_wrong_backend_stops_the_run(quick, monkeypatch, phase):
+def test_a_wrong_backend_is_left_out_and_the_others_go_on(until_it_raises, monkeypatch, phase):
     wrong(monkeypatch)
-    with pytest.raises(RuntimeError, match="compressed is wrong and is not timed: its logits"):
-        quick(only=phase)
+    (row,), problem = until_it_raises(only=phase)
+    assert list(row.seconds) == list(row.metrics) == ["dense", "masked dense"]
+    assert f"{phase} " in problem
+    assert "compressed is wrong and is not timed: its logits" in problem
 
 
-def test_a_wrong_adapter_stops_training(quick, monkeypatch):
+def test_all_phases_run_and_what_went_wrong_is_raised_at_the_end(until_it_raises, monkeypatch):
+    wrong(monkeypatch)
+    rows, problem = until_it_raises()
+    assert [row.parameters["phase"] for row in rows] == ["prefill", "decode", "training"]
+    assert list(rows[2].seconds) == list(tokens.TRAINING)  # which takes another product
+    assert [part in problem for part in ("prefill 1x8", "decode 2x6", "training 1x8")] == [True, True, False]
+
+
+def test_a_phase_that_cannot_be_timed_does_not_stop_the_next(until_it_raises, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(tokens.Family, "prefill", broken)
+    rows, problem = until_it_raises()
+    assert [row.parameters["phase"] for row in rows] == ["decode", "training"]
+    assert problem == "prefill 1x8, 2:4: no such kernel"
+
+
+def test_a_wrong_adapter_is_left_out_of_training(until_it_raises, monkeypatch):
     import trisparse.retrain.sparse_lora as layer
 
     product = layer.masked_product
     monkeypatch.setattr(layer, "masked_product", lambda *args, **how: product(*args, **how) * 1.001)
-    with pytest.raises(RuntimeError, match="PERP, compressed is wrong and is not timed"):
-        quick(only="training")
+    (row,), problem = until_it_raises(only="training")
+    assert "PERP, compressed is wrong and is not timed" in problem
+    assert list(row.seconds) == ["full", "PERP", "norms only"]
 
 
 def test_decoding_is_what_generate_gives(model):
@@ -168,6 +203,17 @@ def test_one_after_the_other_where_there_is_no_room_for_all(quick, monkeypatch):
     (row,) = quick(only="training")
     assert row.parameters["interleaved"] is False
     assert list(row.seconds) == list(row.metrics) == list(tokens.TRAINING)
+
+
+def test_what_has_no_room_in_prefill_is_left_out(quick, monkeypatch, capsys):
+    def logits(self, name, ids, found):
+        if name == "compressed":
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Gate, "logits", logits)
+    (row,) = quick(only="prefill")
+    assert list(row.seconds) == list(row.metrics) == ["dense", "masked dense"]
+    assert "prefill 1x8, 2:4: compressed is left out" in capsys.readouterr().err
 
 
 def test_what_has_no_room_is_left_out_and_said(quick, monkeypatch, capsys):

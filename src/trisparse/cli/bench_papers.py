@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trisparse.cli.options import AsJson, bench
+from trisparse.cli.options import AsJson, bench, command_line
 
 
 @bench.command()
@@ -31,6 +31,14 @@ def papers(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is one.")] = None,
     images: Annotated[str, typer.Option(help="Of the vision figures: digits, or a folder of ImageNet.")] = "digits",
     picture: Annotated[bool, typer.Option(help="Draw each table (extra 'plot').")] = True,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Run nothing: list TABLE MODEL, this model where the paper has it, else the paper's own up to its "
+            "size (7B where its name has none).",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run tables of the papers, and set them beside the published numbers: Markdown, JSON and a picture each.
@@ -40,6 +48,7 @@ def papers(
     import torch
 
     from trisparse.bench.papers.cell import Cell, Session
+    from trisparse.bench.papers.plan import plan as plan_of
     from trisparse.bench.papers.render import as_json as table_json
     from trisparse.bench.papers.render import markdown, write
     from trisparse.bench.papers.run import cells_file, papers_folder, run_tables
@@ -47,6 +56,13 @@ def papers(
     from trisparse.bench.papers.store import CellStore
     from trisparse.bench.papers.table import find_tables, paper_tables
 
+    if plan is not None:
+        planned, left_out = plan_of(find_tables(tables) if tables else list(paper_tables().values()), plan)
+        if left_out:
+            print(f"left out, all of their models are larger: {', '.join(left_out)}", file=sys.stderr)
+        lines = "\n".join(f"{one.table} {one.model}" for one in planned)
+        print(json.dumps([one._asdict() for one in planned]) if as_json else lines)
+        return
     if not tables:
         known = paper_tables().values()
         if as_json:
@@ -56,6 +72,8 @@ def papers(
         return
     chosen, size = find_tables(tables), replace(find_scale(scale), images=images)
     folder = papers_folder(out)
+    flags: dict[str, object] = {"--scale": scale, "--out": out, "--no-resume": not resume, "--device": device}
+    flags |= {"--images": None if images == "digits" else images, "--no-picture": not picture}
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     session = Session(where, keep_copies=size.keep_copies)
 
@@ -69,7 +87,7 @@ def papers(
             store = CellStore(cells_file(folder, paper))
             those = [table for table in of_model if table.paper == paper]
             for found in run_tables(those, name, size, store, session, again=not resume, progress=tell):
-                command = f"trisparse bench papers {found.table.name} --model {name} --scale {scale}"
+                command = command_line("bench", "papers", found.table.name, flags={"--model": name, **flags})
                 files = write(found, folder, command, picture=picture)
                 results.append(table_json(found, command))
                 if not as_json:

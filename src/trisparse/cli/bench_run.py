@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trisparse.cli.options import AsJson, bench, show
+from trisparse.cli.options import AsJson, bench, command_line, show
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,7 +29,9 @@ def run(
         list[str], typer.Argument(help="Names of `trisparse bench list`; `papers/` is all that begin so.")
     ],
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and few repeats.")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; default cuda where there is one and the benchmark measures it.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the benchmark's.")] = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face id, folder or smollm2; default: its own.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed calls of each contestant; default: its own.")] = None,
@@ -39,7 +40,10 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder for the rows; default bench/results/runs, or dirty.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check, time and record benchmarks; exit code 1 if a contestant is wrong or a benchmark fails."""
+    """Check, time and record benchmarks; exit code 1 if a contestant is wrong or a benchmark fails.
+
+    --dtype, --model, --repeats and --scale are for the benchmarks that read them, and an error for others.
+    """
     from dataclasses import asdict
 
     import torch
@@ -54,13 +58,16 @@ def run(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     compute = None if dtype is None else getattr(torch, dtype)
     options = Options(quick, where, compute, model, repeats, only, scale or "small")
-    flags = {"--device": device, "--dtype": dtype, "--model": model, "--repeats": repeats, "--only": only or None}
-    flags["--scale"] = scale
-    words = [*names, *(["--quick"] if quick else [])]
-    words += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
-    outcome = run_benchmarks(
-        chosen(names), options, command=shlex.join(["trisparse", "bench", "run", *words]), out=out, listener=Progress()
-    )
+    flags: dict[str, object] = {
+        "--quick": quick,
+        "--device": device,
+        "--dtype": dtype,
+        "--model": model,
+        "--repeats": repeats,
+    }
+    flags |= {"--only": only or None, "--scale": scale, "--out": out}
+    command = command_line("bench", "run", *names, flags=flags)
+    outcome = run_benchmarks(chosen(names, device), options, command=command, out=out, listener=Progress())
     if as_json:
         content = {"rows": [asdict(row) for row in outcome.rows], "errors": outcome.errors}
         print(json.dumps(content | {"files": list(map(str, outcome.files))}, indent=2))

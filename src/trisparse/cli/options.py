@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,9 +80,10 @@ def load_model(model: str, *, recover: bool = False) -> tuple[Any, Any, list[dic
 
 
 def _load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from trisparse.sparsity.checkpoint import ADAPTERS_FILE, is_checkpoint, load, read_info
+    from trisparse.sparsity.checkpoint.tokenizer import load_tokenizer
     from trisparse.sparsity.foreign.compressed_tensors import load_compressed_tensors, sparse_format
     from trisparse.sparsity.foreign.export import imported
     from trisparse.sparsity.progress import quiet_transformers
@@ -95,7 +97,7 @@ def _load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
             from trisparse.retrain.adapter_folder import load_adapted_model
 
             adapted, recipe = load_adapted_model(model)
-            return adapted, AutoTokenizer.from_pretrained(model), recipe
+            return adapted, load_tokenizer(model), recipe
         if is_checkpoint(model):
             loaded, recipe = load(model), read_info(model)["recipe"]
             if getattr(loaded, "main_input_name", None) == "pixel_values":
@@ -103,11 +105,11 @@ def _load_model(model: str) -> tuple[Any, Any, list[dict[str, Any]]]:
                     f"{model} is a {type(loaded).__name__} and no language model: it is for 'trisparse retrain --form "
                     "vision' alone"
                 )
-            return loaded, AutoTokenizer.from_pretrained(model), recipe
-        tokenizer = AutoTokenizer.from_pretrained(model)
+            return loaded, load_tokenizer(model), recipe
+        tokenizer = load_tokenizer(model)
         if (named := sparse_format(model)) is not None:
             return load_compressed_tensors(model), tokenizer, [imported(named)]
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval(), tokenizer, []
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False).eval(), tokenizer, []
 
 
 def typed_command() -> str | None:
@@ -146,8 +148,7 @@ def locate_model(model: str) -> tuple[Path, Any]:
     Raises:
         OSError: there is no such folder and no such model id.
     """
-    from transformers import AutoTokenizer
-
+    from trisparse.sparsity.checkpoint.tokenizer import load_tokenizer
     from trisparse.sparsity.progress import quiet_transformers
 
     if model == "smollm2":
@@ -163,7 +164,21 @@ def locate_model(model: str) -> tuple[Path, Any]:
             snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
         )
     with quiet_transformers():
-        return folder, AutoTokenizer.from_pretrained(folder)
+        return folder, load_tokenizer(folder)
+
+
+def command_line(*words: str, flags: Mapping[str, object]) -> str:
+    """A command of the program, to be typed again: ``words``, then each flag that was given.
+
+    Args:
+        words: of the command, without the program's name.
+        flags: None and False leave the flag out, True is a flag alone, anything else is its value.
+    """
+    given = ["trisparse", *words]
+    for flag, value in flags.items():
+        if value is not None and value is not False:
+            given += [flag] if value is True else [flag, str(value)]
+    return shlex.join(given)
 
 
 def show(content: dict[str, Any], text: str, as_json: bool) -> None:

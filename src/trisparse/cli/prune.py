@@ -121,18 +121,9 @@ def prune(
         if not processes.is_first:
             return
         if not stream:
-            done = (
-                "pattern",
-                "method",
-                "allocation",
-                "propagate",
-                "update",
-                "samples",
-                "tokens",
-                "sparsity",
-                "seconds",
-            )
-            step = {"step": "prune", "data": data, "seed": seed, **{key: content[key] for key in done}}
+            done = ("pattern", "method", "allocation", "propagate", "update", "samples", "tokens", "sparsity")
+            step: dict[str, Any] = {"step": "prune", "data": data, "seed": seed}
+            step |= {key: content[key] for key in (*done, "seconds")}
             if report.update is not None:
                 step |= {"damping": damping}
             if data is not None and sampling != "windows":

@@ -124,7 +124,8 @@ def load_classifier(model: str) -> tuple[Any, list[dict[str, Any]]]:
         loaded, recipe = load(model), read_info(model)["recipe"]
     else:
         with quiet_transformers():
-            loaded, recipe = AutoModelForImageClassification.from_pretrained(model).eval(), []
+            dense = AutoModelForImageClassification.from_pretrained(model, trust_remote_code=False)
+            loaded, recipe = dense.eval(), []
     if getattr(loaded, "main_input_name", None) != "pixel_values":
         raise ValueError(f"{model} is a {type(loaded).__name__} and no image classifier: leave --form vision out")
     return loaded, recipe

@@ -14,8 +14,9 @@ from trisparse.bench.papers.registered import measured
 from trisparse.bench.papers.run import cells_file, run_tables
 from trisparse.bench.papers.scale import find_scale
 from trisparse.bench.papers.store import CellStore
-from trisparse.bench.papers.table import find_tables
+from trisparse.bench.papers.table import Layout, PaperTable, entry, find_tables
 from trisparse.bench.registry import Options, benchmarks
+from trisparse.bench.runner import chosen, run
 
 
 def test_a_table_of_a_language_model(tiny_llama, tmp_path, trisparse_command):
@@ -81,17 +82,78 @@ def test_freezing_is_measured_against_full_retraining(tiny_llama, session):
     assert 1 > found[0]["trainable_share"] > found[1]["trainable_share"] > 0
 
 
-def test_tables_are_benchmarks_that_give_rows(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_tables_are_benchmarks_that_give_rows(tiny_llama, tmp_path):
     known = benchmarks()
     assert {"papers/perp-table-1", "papers/perp-figure-3"} <= known.keys()
-    options = Options(model=str(tiny_llama / "dense"), scale="tiny", only="50%")
+    options = Options(model=str(tiny_llama / "dense"), scale="tiny", only="50%", out=tmp_path, command="what was typed")
     rows = list(known["papers/perp-figure-3"].run(options))
     assert [row.name for row in rows] == ["50%, 0", "50%, 2"]
     assert rows[1].parameters["scale"] == "tiny"
     assert rows[1].parameters["model"] == "dense"
     assert rows[1].metrics["ours"].keys() == {"perplexity"}
-    assert CellStore(cells_file(tmp_path / "bench-results" / "papers", "perp")).file.is_file()
+    # cells and tables lie in a folder of their own, away from the rows
+    written = tmp_path / "papers/perp-figure-3-dense-tiny.json"
+    assert CellStore(cells_file(written.parent, "perp")).file.is_file()
+    assert json.loads(written.read_text())["command"] == "what was typed"
+    # nothing is measured again, so that what was written stays
+    again = list(known["papers/perp-figure-3"].run(replace(options, command="another")))
+    assert again == rows
+    assert json.loads(written.read_text())["command"] == "what was typed"
+
+
+def test_rows_of_recorded_cells_are_of_the_commit_and_the_time_of_the_cells(tiny_llama, tmp_path):
+    [item] = chosen(["papers/perp-figure-3"])
+    options = Options(model=str(tiny_llama / "dense"), scale="tiny", only="50%")
+    run([item], options, command="first", out=tmp_path)
+    cells = cells_file(tmp_path / "papers", "perp")
+    lines = [json.loads(line) for line in cells.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        pruned_alone = line["spec"]["retraining"] is None
+        line["environment"] |= {"commit": f"c{number}", "dirty": pruned_alone}
+        line |= {"time": "2001-02-03T04:05:06Z", "device": "some GPU"}
+    cells.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcome = run([item], options, command="second", out=tmp_path)
+    assert outcome.errors == []
+    pruned, retrained = outcome.rows
+    assert (pruned.case, retrained.case) == ("50%, 0", "50%, 2")
+    assert (pruned.environment["dirty"], retrained.environment["dirty"]) == (True, False)
+    assert pruned.environment["commit"] != retrained.environment["commit"]
+    assert {row.environment["commit"] for row in outcome.rows} <= {f"c{number}" for number in range(len(lines))}
+    assert {(row.time, row.device, row.command) for row in outcome.rows} == {
+        ("2001-02-03T04:05:06+00:00", "some GPU", "second")
+    }
+
+
+def test_the_command_of_a_table_has_every_flag(tmp_path, trisparse_command, measured, sum_cell, monkeypatch):
+    table = PaperTable(
+        "perp-table-9", "a test", (), "sum", lambda model, scale: Layout({("r", "c"): entry(sum_cell(1))})
+    )
+    monkeypatch.setattr("trisparse.bench.papers.table.find_tables", lambda names: [table])
+    flags = (
+        "--scale",
+        "tiny",
+        "--out",
+        tmp_path / "my results",
+        "--no-resume",
+        "--device",
+        "cpu",
+        "--images",
+        "images",
+    )
+    shown = trisparse_command("bench", "papers", "perp-table-9", "--model", "a", *flags, "--no-picture", "--json")
+    assert json.loads(shown)[0]["command"] == (
+        f"trisparse bench papers perp-table-9 --model a --scale tiny --out '{tmp_path}/my results' --no-resume "
+        "--device cpu --images images --no-picture"
+    )
+
+
+def test_the_plan_lists_tables_and_models(trisparse_command):
+    shown = trisparse_command("bench", "papers", "perp-table-5", "perp-table-9", "--plan", "NousResearch/Llama-2-7b-hf")
+    assert shown.splitlines() == [
+        "perp-table-5 NousResearch/Llama-2-7b-hf",
+        "perp-table-9 facebook/opt-2.7b",
+        "perp-table-9 facebook/opt-6.7b",
+    ]
 
 
 def test_rows_hold_the_published_number_of_the_same_model(store):

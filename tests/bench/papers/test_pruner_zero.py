@@ -4,13 +4,13 @@ import json
 import math
 import shutil
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 
 from trisparse.bench.papers import pruner_zero_search
-from trisparse.bench.papers.cell import Cell, Session
+from trisparse.bench.papers.cell import Cell, Session, machine_name
 from trisparse.bench.papers.language import LanguageCell
 from trisparse.bench.papers.pruner_zero_search import OpposingCell, SearchCell
 from trisparse.bench.papers.pruner_zero_time import PruningTimeCell
@@ -148,6 +148,12 @@ def test_pruning_time_leaves_the_gradients_out_and_prunes_alike(tiny_llama, tmp_
     assert isinstance(cell, PruningTimeCell)
     same = LanguageCell(cell.model, cell.texts, cell.pruning)
     assert found.ours["Pruner-Zero", "perplexity"] == same.measure(frozenset({"perplexity"}), session)["perplexity"]
+    # seconds are of this machine, and of no other
+    assert cell.machine == machine_name(session.device)
+    elsewhere = replace(cell, machine="another")
+    assert elsewhere.key != cell.key
+    with pytest.raises(ValueError, match=r"the cell is of another, the session of .* threads"):
+        elsewhere.measure(frozenset({"seconds"}), session)
     rows = {row.name: row.metrics["ours"].keys() for row in measured(found)}
     assert rows["Wanda, seconds"] == {"seconds"}
     assert rows["Wanda, perplexity"] == {"perplexity"}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from trisparse.bench.papers import run as run_module
+from trisparse.bench.papers.plan import billions_of, plan
+from trisparse.bench.papers.registered import origin
 from trisparse.bench.papers.render import as_json, markdown, write
-from trisparse.bench.papers.run import run_tables
+from trisparse.bench.papers.run import papers_folder, run_tables
 from trisparse.bench.papers.scale import find_scale
 from trisparse.bench.papers.store import CellStore
 from trisparse.bench.papers.table import Layout, PaperTable, entry, find_tables, paper_table
+from trisparse.bench.registry import Origin
+from trisparse.bench.runner import OUTSIDE
 
 TINY = find_scale("tiny")
 OPT = "facebook/opt-2.7b"
@@ -110,6 +116,66 @@ def test_what_is_written(store, session, measured, sum_cell, tmp_path):
     assert [file.name for file in files] == [f"perp-table-9-model-tiny.{kind}" for kind in ("md", "json", "png")]
     assert json.loads(files[1].read_text())["model"] == "Model"
     assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_copy_of_a_model_is_set_beside_the_numbers_of_the_original():
+    [table] = find_tables(["perp-table-5"])
+    copy, original = "NousResearch/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"
+    assert table.published(copy) == table.published(original)
+    assert table.published(copy).same_model
+    assert not table.published("NousResearch/Llama-2-70b-hf").same_model
+    paper = find_scale("paper")
+    # the places that the paper has for it, and none of the other model's
+    assert table.layout(copy, paper).entries.keys() == table.layout(original, paper).entries.keys()
+    [zero] = find_tables(["pruner-zero-table-2"])
+    assert zero.published(copy).same_model
+    assert zero.layout(copy, paper).entries.keys() == zero.layout(original, paper).entries.keys()
+
+
+def test_a_plan_takes_the_model_or_the_paper_s_own_up_to_its_size():
+    def table(name, *of, run_on=()):
+        return PaperTable(name, "", of, "", lambda model, scale: Layout({}), run_on=run_on)
+
+    tables = [
+        table("a", "facebook/opt-2.7b", "facebook/opt-6.7b", "facebook/opt-13b"),
+        table("b", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf"),
+        table("c", "mistralai/Mixtral-8x7B-v0.1"),
+        table("d", "ResNet-50", run_on=("facebook/opt-125m",)),
+        table("e", "random-trees"),
+    ]
+    small = [("d", "facebook/opt-125m"), ("e", "random-trees")]
+    copy = "NousResearch/Llama-2-7b-hf"
+    medium = [("a", "facebook/opt-2.7b"), ("a", "facebook/opt-6.7b")]
+    assert plan(tables, copy) == ([*medium, ("b", copy), *small], ["c"])
+    assert plan(tables, "my-model") == ([*medium, ("b", "meta-llama/Llama-2-7b-hf"), *small], ["c"])
+    assert plan(tables, "facebook/opt-2.7b") == ([("a", "facebook/opt-2.7b"), *small], ["b", "c"])
+    names = ("opt-125m", "opt-1.3b", "Llama-2-70b-hf", "Mixtral-8x7B-v0.1", "TinyLlama_v1.1", "ResNet-50")
+    assert [billions_of(name) for name in names] == [0.125, 1.3, 70, 56, 0, 0]
+
+
+def test_clean_and_dirty_results_lie_apart(tmp_path, monkeypatch):
+    assert papers_folder(tmp_path / "named") == tmp_path / "named"
+    monkeypatch.setattr(run_module, "checkout", lambda: tmp_path)
+    for dirty, folder in ((False, "papers"), (True, "dirty/papers")):
+        monkeypatch.setattr(run_module, "environment", lambda dirty=dirty: {"dirty": dirty})
+        assert papers_folder() == tmp_path / "bench/results" / folder  # wherever the command is started
+    monkeypatch.setattr(run_module, "checkout", lambda: None)
+    assert papers_folder() == OUTSIDE / "papers"
+
+
+def test_a_number_of_several_cells_is_as_dirty_as_any_and_as_late_as_the_last(store, session, measured, sum_cell):
+    [found] = run([table_of({("r", "x"): entry(sum_cell(1), sum_cell(2), minus=(sum_cell(3),))})], store, session)
+    assert found.fresh == 3
+    [found] = run([found.table], store, session)
+    assert found.fresh == 0
+    for number, (commit, dirty, day) in enumerate((("a", True, 1), ("b", False, 3), ("a", False, 2)), start=1):
+        key = sum_cell(number).key
+        of_then = {"commit": commit, "dirty": dirty}
+        found.records[key] = replace(found.records[key], time=f"2026-01-0{day}T00:00:00Z", environment=of_then)
+    [one] = found.layout.entries.values()
+    assert origin(found, one) == Origin(
+        "cpu", "2026-01-03T00:00:00+00:00", {"commit": "b", "dirty": True, "commits": ["a", "b"]}
+    )
 
 
 def test_names_are_found_or_listed():

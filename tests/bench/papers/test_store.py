@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from trisparse.bench.papers.language import LanguageCell, Pruning, Retraining, Texts
 from trisparse.bench.papers.scale import find_scale
 from trisparse.bench.papers.store import CellStore
+from trisparse.bench.rows import RESULTS
+from trisparse.env import checkout
 
 
 def test_a_cell_is_found_again_with_where_it_was_measured(store, sum_cell):
@@ -20,6 +23,19 @@ def test_a_cell_is_found_again_with_where_it_was_measured(store, sum_cell):
     assert record.spec == {"kind": "sum", "number": 1, "model": "a"}
     assert record.seconds == 3.5
     assert {"commit", "dirty"} <= record.environment.keys()
+    assert record.device == "cpu"
+    store.add(sum_cell(1), {"perplexity": 7.25}, 3.5, "some GPU")
+    assert CellStore(store.file).record(sum_cell(1)).device == "some GPU"
+
+
+def test_the_recorded_cells_are_found_by_their_specifications():
+    files = sorted((checkout() / RESULTS / "papers").glob("cells-*.jsonl"))
+    assert files
+    for file in files:
+        CellStore(file)
+        for line in map(json.loads, file.read_text().splitlines()):
+            digest = hashlib.sha256(json.dumps(line["spec"], sort_keys=True).encode()).hexdigest()
+            assert digest[:24] == line["key"]
 
 
 def test_the_last_record_of_a_cell_counts(store, sum_cell):

@@ -322,6 +322,27 @@ def test_charts_of_one_file_name_get_a_number(tmp_path):
     assert names == ["index.html", "speed-up-a-b-example.png", "speed-up-a-b-example-2.png"]
 
 
+def test_a_png_of_many_cases_is_no_longer_than_that_of_those_the_page_shows(tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = []
+    for cases in (7, 8, 200):  # the means come first
+        many = [row("select", f"case {n}", "ours", baseline="usual", speedup=2.0) for n in range(cases)]
+        _, file = write_report(many, tmp_path / str(cases))
+        sizes.append(Image.open(file).size)
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_the_line_of_the_reference_does_not_cross_the_cases(tmp_path):
+    pytest.importorskip("matplotlib")
+    from trisparse.bench.report import png
+
+    bars = Bars("name", "title", "x", [("a case" * 9, [Bar("x", 2.0, 0)])], number, reference=1.0)
+    (axes,) = png._bars(bars).axes
+    (label,) = (text for text in axes.texts if text.get_text().startswith("a case"))
+    assert label.get_bbox_patch() is not None
+    assert label.get_zorder() > max(line.get_zorder() for line in axes.lines)
+
+
 def test_pngs_without_matplotlib_say_what_to_install(tmp_path, monkeypatch, trisparse_error):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     append_rows(rows(), tmp_path / "rows.jsonl")

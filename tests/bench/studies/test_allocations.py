@@ -66,7 +66,7 @@ def test_one_row_for_the_dense_model_and_each_case_that_is_wanted(tokens, monkey
     rows = list(allocations.allocations(Options()))
     assert [row.name for row in rows] == ["dense", "wanda 60% uniform", "magnitude 60% layer erk"]
     assert rows[1].parameters["allocation"] == "uniform"
-    assert rows[1].parameters["sparsity"] == pytest.approx(0.6, abs=0.02)
+    assert rows[1].metrics["wanda, uniform"]["sparsity"] == pytest.approx(0.6, abs=0.02)
     found = rows[2].metrics["magnitude, erk"]
     assert found["least_sparsity"] < found["greatest_sparsity"]
     assert found["perplexity"] > 1

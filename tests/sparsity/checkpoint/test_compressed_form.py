@@ -11,20 +11,15 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, LlamaModel
 
-from trisparse.sparsity.checkpoint import (
-    CheckpointError,
-    TrisparseConfig,
-    is_checkpoint,
-    load,
-    loading,
-    read_info,
-    save,
-)
+from trisparse.retrain.dense_weights import DenseWeights
+from trisparse.sparsity.checkpoint import CheckpointError, TrisparseConfig, is_checkpoint, load, read_info, save
 from trisparse.sparsity.checkpoint.headers import read_headers, weight_files
 from trisparse.sparsity.compression import compress, decompress
+from trisparse.sparsity.foreign.export import load_dense
 from trisparse.sparsity.linear import SparseLinear
 from trisparse.sparsity.mask import masks, masks_sha256
 from trisparse.sparsity.sparsify import sparsify
+from trisparse.sparsity.streaming.model_on_disk import ModelOnDisk
 
 
 def logits(model, tokens):
@@ -254,6 +249,28 @@ def test_the_format_is_known_whatever_is_imported_first(first):
     assert run.stdout.split() == [str(first == "trisparse"), "True", "True"]
 
 
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_folder_that_was_saved_again_in_one_file(model_named, compressed, tmp_path):
+    """transformers leaves the index of the shards, which it has removed, and reads the one file."""
+    model = model_named("llama")
+    if compressed:
+        sparsify(model, "2:4", progress=False)
+        compress(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert not list(tmp_path.glob("model-*"))
+    if compressed:
+        assert masks_sha256(load(tmp_path)) == masks_sha256(model)
+        assert masks_sha256(AutoModelForCausalLM.from_pretrained(tmp_path)) == masks_sha256(model)
+    else:
+        weight = model.lm_head.weight
+        assert torch.equal(load_dense(tmp_path).lm_head.weight, weight)
+        cpu = torch.device("cpu")
+        assert torch.equal(DenseWeights(tmp_path, model).read(["lm_head.weight"], cpu)["lm_head.weight"], weight)
+        assert ModelOnDisk(tmp_path, cpu).files == [tmp_path / "model.safetensors"]
+
+
 def test_a_model_without_masks_is_an_ordinary_one(model_named, tokens, tmp_path):
     model = model_named("llama")
     path = save(model, tmp_path / "dense", recipe=[{"step": "none"}])
@@ -276,27 +293,3 @@ def test_the_dense_form_is_not_decompressed(model_named, tmp_path):
     model.save_pretrained(plain)
     with pytest.raises(ValueError, match="no trisparse checkpoint"):
         AutoModelForCausalLM.from_pretrained(plain, quantization_config=TrisparseConfig(dense=True))
-
-
-def test_a_refused_layer_stops_the_threads_that_read(pruned, tmp_path, monkeypatch):
-    path = save(pruned, tmp_path / "p")
-    made = []
-
-    class Readers(loading.ThreadPoolExecutor):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-
-    def refuse(layer, target):
-        if len(made[0]._threads) > 0:  # after the first weights
-            raise ValueError("of another size")
-        return empty_layer(layer, target)
-
-    empty_layer = loading.empty_layer
-    monkeypatch.setattr(loading, "ThreadPoolExecutor", Readers)
-    monkeypatch.setattr(loading, "empty_layer", refuse)
-    with pytest.raises(CheckpointError, match="of another size"):
-        AutoModelForCausalLM.from_pretrained(path)
-    (readers,) = made
-    with pytest.raises(RuntimeError, match="after shutdown"):
-        readers.submit(len, ())

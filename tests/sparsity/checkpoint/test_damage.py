@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trisparse.sparsity.checkpoint import CheckpointError, files, load, save
-from trisparse.sparsity.mask import bits_sha256
+from trisparse.sparsity.mask import MaskError, bits_sha256
 from trisparse.sparsity.sparsify import sparsify
 
 UP = "model.layers.0.mlp.up_proj"
@@ -170,3 +171,50 @@ def test_large_json_is_not_read(saved, monkeypatch):
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 100)
     with pytest.raises(CheckpointError, match="is larger than"):
         load(saved)
+
+
+def test_save_pretrained_checks_the_masks(saved):
+    """A folder that could not be loaded again is not written."""
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(1)
+    with pytest.raises(MaskError, match=r"layers\.1\.mlp\.up_proj"):
+        model.save_pretrained(saved.parent / "again")
+    assert not (saved.parent / "again" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("model.layers.1.mlp.up_proj", "2:4"),
+        ("model.layers.1.mlp.up_proj", "50%"),
+        ("model.layers.1.mlp.up_proj", "3% rows"),
+        (Q, "90% layer"),
+        (Q, "90%"),
+        (Q, "90% balanced"),
+        (Q, "50% rows"),
+    ],
+)
+@pytest.mark.parametrize("form", ["compressed", "dense"])
+def test_a_pattern_that_is_not_the_masks(saved, name, pattern, form):
+    """No hash covers the name of the pattern: it is held against the mask."""
+    if form == "compressed":
+        entry(name, pattern=pattern)(saved)
+    else:
+        save(load(saved), saved, form="dense")
+        content = json.loads((saved / "trisparse.json").read_text())
+        content["targets"][f"{name}.weight"]["pattern"] = pattern
+        (saved / "trisparse.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"damaged at {re.escape(name)}.weight: .* (is|are) not {pattern}"):
+        load(saved)
+
+
+def test_a_mask_of_as_many_weights_in_other_groups(model_named, tmp_path):
+    model = model_named("llama")
+    sparsify(model, "50%", include=UP, progress=False)
+    path = save(model, tmp_path / "pruned", form="dense")
+    content = json.loads((path / "trisparse.json").read_text())
+    content["targets"][f"{UP}.weight"]["pattern"] = "2:4"
+    (path / "trisparse.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="the bitmask is not 2:4"):
+        load(path)

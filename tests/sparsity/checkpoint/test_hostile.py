@@ -1,14 +1,18 @@
 """Folders made to do harm: each is refused at once, with its file named, and takes neither memory nor a prompt."""
 
 import json
+import os
 import shutil
+import signal
 import struct
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from trisparse.sparsity.checkpoint import CheckpointError, load, save
 from trisparse.sparsity.foreign.compressed_tensors import sparse_format
@@ -191,3 +195,88 @@ def test_other_formats_of_compressed_tensors_are_refused(foreign):
     edit_config(foreign, lambda c: c["quantization_config"].update(config_groups={"group_0": {}}))
     with pytest.raises(CheckpointError, match="is quantized"):
         load(foreign)
+
+
+@pytest.fixture
+def dense_form(model_named, tmp_path):
+    """A checkpoint of ours with dense weights."""
+    model = model_named("llama")
+    sparsify(model, "2:4", "magnitude", progress=False)
+    return save(model, tmp_path / "dense", form="dense")
+
+
+@pytest.mark.parametrize("method", ["bitnet", "fp8", "nothing", None, ["trisparse"]])
+def test_the_quantizer_of_another_method_is_not_asked(dense_form, method):
+    def change(config):
+        config.update(vocab_size=1 << 22, quantization_config={"quant_method": method})
+
+    edit_config(dense_form, change)
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match="quantization_config that is none of ours"):
+        load(dense_form)
+    assert time.monotonic() - start < 5
+
+
+def test_a_quantizer_is_not_hidden_in_the_text_config(any_folder):
+    edit_config(any_folder, lambda c: c.update(text_config={"quantization_config": {"quant_method": "bitnet"}}))
+    with pytest.raises(CheckpointError, match="quantization_config inside another config"):
+        load(any_folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(attn_implementation="evil/kernel"),
+        lambda c: c.update(_attn_implementation="evil/kernel@main:name"),
+        lambda c: c.update(attn_implementation={"": "sdpa", "text_config": "evil/kernel"}),
+        lambda c: c.update(text_config={"_attn_implementation": "evil/kernel"}),
+        lambda c: c.update(experts_implementation="evil/kernel"),
+    ],
+)
+def test_no_kernel_is_fetched(any_folder, change, monkeypatch):
+    fetched = lambda *_, **__: pytest.fail("it fetches a kernel")  # noqa: E731
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetched)
+    edit_config(any_folder, change)
+    with pytest.raises(CheckpointError, match="none is fetched"):
+        load(any_folder)
+
+
+@pytest.mark.parametrize("form", ["dense", "compressed"])
+def test_an_adapter_in_the_folder_is_not_put_on_the_model(model_named, form, tmp_path):
+    model = model_named("llama")
+    sparsify(model, "2:4", "magnitude", progress=False)
+    folder = save(model, tmp_path / "pruned", form=form)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"holds an adapter, adapter_config.json.*PeftModel.from_pretrained"):
+        load(folder)
+    if form == "compressed":
+        with pytest.raises(CheckpointError, match="holds an adapter"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_other_files_of_weights_are_not_named(any_folder):
+    shutil.copyfile(any_folder / "model.safetensors", any_folder / "other.safetensors")
+    edit_config(any_folder, lambda c: c.update(transformers_weights="other.safetensors"))
+    with pytest.raises(CheckpointError, match="names weights of its own"):
+        load(any_folder)
+
+
+def test_the_index_of_an_earlier_save_is_not_read(any_folder):
+    """transformers leaves it there, and takes the one file as well."""
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (any_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load(any_folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "trisparse.json", "trisparse_masks.safetensors"])
+def test_a_pipe_is_not_waited_for(dense_form, name):
+    (dense_form / name).unlink()
+    os.mkfifo(dense_form / name)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(5)
+    try:
+        with pytest.raises(CheckpointError, match=r"it is no file|plain module"):
+            load(dense_form)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
