@@ -107,8 +107,8 @@ def prune(
 
             free_memory_at_once()
             folder, tokenizer = locate_model(model)
-            step = {"data": data, "command": typed_command()}
-            options |= {"hidden_states": hidden_states, "recipe": step, "tokenizer": tokenizer}
+            record = {"data": data, "command": typed_command()}
+            options |= {"hidden_states": hidden_states, "recipe": record, "tokenizer": tokenizer}
             report = stream_sparsify(folder, out, sparsity, method, text, **options)
         else:
             from trisparse.sparsity.sparsify import sparsify
