@@ -196,7 +196,7 @@ def test_bench_tune_measures_shapes_and_models(pruned, tmp_path, monkeypatch):
         (["bench", "aot", "--cc", "70"], "cc must be one of 80"),
         (["bench", "aot", "--cols", "33"], "cols a multiple of 32"),
         (["prune", "DENSE", "--out", "NEW", "--sparsity", "4:2"], "n of an n:m pattern"),
-        (["prune", "DENSE", "--out", "DENSE"], "exists and is not a trisparse checkpoint"),
+        (["prune", "DENSE", "--out", "DENSE"], "are one inside the other"),
         (["prune", "DENSE", "--out", "NEW", "--data", "missing.txt"], "no such file"),
         (["prune", "DENSE", "--out", "NEW", "--method", "wanda"], "pass data"),
         (["prune", "DENSE", "--out", "NEW", "--allocation", "owl"], "weighs the layers' inputs: pass data"),

@@ -189,9 +189,15 @@ def test_damage_is_noticed(saved, damage, message):
 def test_a_flipped_mask_bit_is_noticed(saved):
     _, path = saved
     bits = load_file(path / checkpoint.MASKS_FILE)
-    bits[NAME][0, 0] ^= 1
+    group = int(bits[NAME][0, 0]) & 0xF
+    bits[NAME][0, 0] ^= 0xF  # the other two of the group: 2:4 still
+    assert group.bit_count() == 2
     save_file(bits, path / checkpoint.MASKS_FILE)
     with pytest.raises(CheckpointError, match="do not match their hash"):
+        load(path)
+    bits[NAME][0, 0] ^= 1
+    save_file(bits, path / checkpoint.MASKS_FILE)
+    with pytest.raises(CheckpointError, match="weights are not 2:4"):
         load(path)
 
 

@@ -281,8 +281,7 @@ def rewrite(folder, change):
 
 
 def only_index(folder, text):
-    (folder / "model.safetensors").rename(folder / "b.safetensors")
-    (folder / "model.safetensors.index.json").write_text(text)
+    (folder / "model.safetensors").rename(folder / "model.safetensors.index.json").write_text(text)
 
 
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
