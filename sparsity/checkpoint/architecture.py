@@ -111,7 +111,9 @@ def _check_settings(config: Any, file: Path, *, top: bool = True) -> None:
         if _IMPLEMENTATION.search(key) and "/" in str(value):
             raise CheckpointError(f"{file} asks for the kernel {str(value)[:200]!r} of another place: none is fetched")
         if key == "transformers_weights" and value is not None:
-            raise CheckpointError(f"{file} names weights of its own, {str(value)[:200]!r}: only the usual files are read")
+            raise CheckpointError(
+                f"{file} names weights of its own, {str(value)[:200]!r}: only the usual files are read"
+            )
         # transformers takes the one of a text config where the model has none.
         if key == "quantization_config" and value is not None and not top:
             raise CheckpointError(f"{file} has a quantization_config inside another config: it belongs at the top")

@@ -275,7 +275,7 @@ def test_a_pipe_is_not_waited_for(dense_form, name):
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
     signal.alarm(5)
     try:
-        with pytest.raises(CheckpointError, match="it is no file|plain module"):
+        with pytest.raises(CheckpointError, match=r"it is no file|plain module"):
             load(dense_form)
     finally:
         signal.alarm(0)
