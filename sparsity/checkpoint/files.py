@@ -33,8 +33,8 @@ def check_no_adapter(folder: Path) -> None:
     """
     if (folder / PEFT_FILE).exists():
         raise CheckpointError(
-            f"{folder} holds an adapter, {PEFT_FILE}, beside the pruned model: put it into a folder of its own and "
-            "open it with PeftModel.from_pretrained(model, folder)"
+            f"{folder} holds an adapter, {PEFT_FILE}, beside the pruned model: move it to a folder of its own and open "
+            "it with PeftModel.from_pretrained(model, folder)"
         )
 
 

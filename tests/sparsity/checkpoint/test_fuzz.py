@@ -209,7 +209,12 @@ KEYS = {  # of config.json
     "architectures": [["evil.Model"], ["BertModel"], [], 3],
     "model_type": ["evil", "bert", 3],
 }
-ADAPTER = {"peft_type": "LORA", "target_modules": ["q_proj"], "base_model_name_or_path": "evil", "auto_mapping": {}}
+ADAPTER = {
+    "peft_type": "LORA",
+    "target_modules": ["q_proj"],
+    "base_model_name_or_path": "evil/model",
+    "auto_mapping": {},
+}
 INDICES = [{"weight_map": {"lm_head.weight": name}} for name in ("../x.safetensors", "other.safetensors", 3)]
 FILES = {  # those that are there already are replaced, weights apart
     "adapter_config.json": [ADAPTER, {}, "no JSON"],

@@ -292,7 +292,6 @@ NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
     [
         (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 20), "is damaged"),
-        (lambda f: only_index(f, "{}"), "index.json is damaged"),
         (lambda f: only_index(f, '{"weight_map": {"a": "b"}}'), "lacks b"),
         (lambda f: (f / "config.json").unlink(), "has no config.json of a model that transformers knows"),
         (lambda f: rewrite(f, lambda w: w.pop(NORM)), f"lacks {NORM}"),
