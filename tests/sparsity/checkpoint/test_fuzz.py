@@ -168,20 +168,23 @@ def check(folder, expected, what):
 KINDS = ["two-four", "loose", "dense", "24-fp16-odd", "bitmask-bf16-sharded", "semi"]
 
 
+FUZZING = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize=EXAMPLES == USUAL,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_refused_or_read_right(checkpoints, kind, tmp_path):
     whole, expected = next((path, value) for path, value in checkpoints.items() if path.name == kind)
     outcomes = {"refused": 0, "read": 0}
 
-    @settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        database=None,
-        derandomize=EXAMPLES == USUAL,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-    )
+    @FUZZING
     @given(st.data())
     def one(data):
         folder = tmp_path / kind
@@ -250,15 +253,7 @@ def test_added_settings_and_files_are_refused_or_change_nothing(checkpoints, kin
     fetched = lambda *_, **__: pytest.fail("it fetches a kernel")  # noqa: E731
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetched)
 
-    @settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        database=None,
-        derandomize=EXAMPLES == USUAL,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-    )
+    @FUZZING
     @given(st.data())
     def one(data):
         folder = tmp_path / kind
